@@ -6,7 +6,6 @@ one or several rates.
     o = v h \qquad y = \varphi_2(\gamma_2 N_2(o) + \beta_2)
 
 N is the identity, or, where an eps is given, standardisation by the batch's own moments, as
-BatchNorm does in training:
 BatchNorm does in training: N(d) = (d - mean) / sqrt(var + eps), mean and biased var per channel
 over B, H', W'. R rates read one x; the output channels are rate-major, so the branches of an ASPP
 come out concatenated.
@@ -152,7 +151,7 @@ def _affine(
     for name, value in (("scale", scale), ("shift", shift), ("bias", bias)):
         if value is not None and value.numel() != channels:
             raise UnsupportedInputError(
-                f"separable_conv2d: the {stage} {name} must have {channels} values (channels x rates)"
+                f"separable_conv2d: the {stage} {name} must have {channels} values"
                 f"\n  {name}: {list(value.shape)}"
             )
     if bias is not None:
