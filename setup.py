@@ -1,7 +1,7 @@
 """Packaging with the native build inside it; the metadata stands in pyproject.toml.
 
 `pip install .` never fails for want of torch or a compiler: the package then runs on its reference
-(and Triton) kernels, carries its C++ and CUDA sources, and `python -m segkernels build` compiles them
+and Triton kernels, carries its C++ and CUDA sources, and `python -m segkernels build` compiles them
 later. `pip install --no-build-isolation .` sees the installed torch and compiles at once.
 """
 
@@ -56,7 +56,9 @@ class CompileNative(build_ext):
     def run(self) -> None:
         here = self.inplace or self.editable_mode
         try:
-            build(plan(), output=ROOT / "segkernels" if here else Path(self.build_lib) / "segkernels")
+            build(
+                plan(), output=ROOT / "segkernels" if here else Path(self.build_lib) / "segkernels"
+            )
         except BuildError as error:
             if plan().request != "auto":
                 sys.exit(f"error: {error}")
@@ -68,6 +70,4 @@ class NativeDistribution(Distribution):
         return bool(plan().libraries)
 
 
-setup(
-    distclass=NativeDistribution, cmdclass={"build_py": CarrySources, "build_ext": CompileNative}
-)
+setup(distclass=NativeDistribution, cmdclass={"build_py": CarrySources, "build_ext": CompileNative})

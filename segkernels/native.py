@@ -26,15 +26,9 @@ from segkernels.toolchain import covers
 def why_not(device_type: str) -> str | None:
     """None where the native kernels for this device type ("cpu", "cuda") run; else the reason.
 
-    The first call loads the library. For "cuda" the current device is the one judged.
+    The first call loads the library; the answer is then kept. For "cuda" it is about the current
+    device.
     """
-    if device_type not in ("cpu", "cuda"):
-        return f"there are no native kernels for device type {device_type!r}, only for cpu and cuda"
-    if device_type == "cuda":
-        if torch.version.hip:
-            return "this torch is a ROCm build, the native kernels are CUDA"
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device"
     reason = _load(device_type)
     if reason is None and device_type == "cuda":
         reason = _why_not_device(torch.cuda.current_device())
@@ -72,17 +66,20 @@ def _file(library: str) -> Path:
 
 @functools.cache
 def _load(library: str) -> str | None:
-    """Load a library, once; the reason is kept like the success, so that no failure is repeated."""
+    """Load a library, once; a failure is kept like a success, so that it is not repeated."""
+    if library not in ("cpu", "cuda"):
+        return f"there are no native kernels for {library!r} devices, only for cpu and cuda"
+    if library == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     facts = metadata(library)
     if facts is None:
-        return f"the {library} library is not built; to build it: {REMEDY}"
+        return f"the native library for {library} is not built; to build it: {REMEDY}"
     if reason := _why_unfit(library, facts):
         return f"{reason}; to build it for this environment: {REMEDY}"
     newest = Tree.here().source_hash(library)
     if newest and newest != facts["source_hash"]:
-        warnings.warn(
-            f"segkernels: the {library} library is older than its sources; {REMEDY}", stacklevel=4
-        )
+        name = _file(library).name
+        warnings.warn(f"segkernels: {name} is older than its sources: {REMEDY}", stacklevel=2)
     try:
         torch.ops.load_library(str(_file(library)))
     except (OSError, RuntimeError) as error:
@@ -102,6 +99,8 @@ def _why_unfit(library: str, facts: dict[str, Any]) -> str | None:
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < oldest:
         return f"{name} needs torch {facts['torch_target']} or later, here is {torch.__version__}"
     if library == "cuda":
+        if torch.version.hip:
+            return f"{name} is for CUDA, this torch is a ROCm build"
         built = facts["torch_cuda"]
         if built is None:
             return f"{name} was compiled against a CPU build of torch"
@@ -117,7 +116,6 @@ def _why_not_device(index: int) -> str | None:
     if covers(facts["archs"], capability):
         return None
     number = "{}.{}".format(*capability)
-    return (
-        f"{torch.cuda.get_device_name(index)} has compute capability {number}, the cuda library is "
-        f"built for {' '.join(facts['archs'])}; to build it: SEGKERNELS_CUDA_ARCHS={number} {REMEDY}"
-    )
+    device = f"{torch.cuda.get_device_name(index)} (compute capability {number})"
+    built = f"_native_cuda.so is built for {' '.join(facts['archs'])}, not for {device}"
+    return f"{built}; to build it: SEGKERNELS_CUDA_ARCHS={number} {REMEDY}"
