@@ -64,7 +64,7 @@ inline Tensor with_dense_rows(const Tensor& t, bool channels_last) {
   const bool dense = channels_last ? m.sC == 1 || m.C == 1 : m.sW == 1 || m.W == 1;
   return dense || t.numel() == 0 ? t : torch::stable::contiguous(t, format_of(channels_last));
 }
-inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Calls f(T()) with the storage type T.
 template <class F>
