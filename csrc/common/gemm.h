@@ -3,8 +3,8 @@
 //   Fma<A>       on vectors, operands in the accumulation type A, taken where they lie
 //   Tiled<half>  on AMX tiles (common/amx.h), operands narrowed to bfloat16 or float16 on the way
 //
-// Both have the same face: left(view, M, K, scratch) and right(view, K, N, scratch) prepare an operand, multiply() takes two of
-// them. An element of C is one sum over k in increasing order: it depends on neither M nor N nor the instruction set's blocks.
+// Both have the same face: left(view, M, K, scratch) and right(view, K, N, scratch) prepare an operand (packed() always copies it;
+// left_at() and right_at() find what was prepared before), multiply() takes two of them, while a Session lives. An element of C is one sum over k in increasing order: it depends on neither M nor N nor the instruction set's blocks.
 // Operands and C may be read, and C written, up to kTile rows and columns (rounded up) beyond M and N.
 
 namespace segkernels {
@@ -65,24 +65,38 @@ struct Fma {
   }
   static Right packed(View<A> x, int64_t k, int64_t n, void* scratch) {
     A* out = static_cast<A*>(scratch);
-    for (int64_t j = 0; j < n; ++j) {
-      A* panel = out + j / kWidth * k * kWidth + j % kWidth;
-      if (x.column == 1 || n - j < lanes || j % lanes) {
-        for (int64_t i = 0; i < k; ++i) panel[i * kWidth] = x.p[i * x.row + j * x.column];
-        continue;
-      }
+    for (int64_t j = 0; j < n; j += kWidth) {
+      A* panel = out + j * k;
+      const int64_t width = std::min(n - j, kWidth);
+      if (x.column == 1)
+        for (int64_t i = 0; i < k; ++i) std::memcpy(panel + i * kWidth, x.p + i * x.row + j, width * sizeof(A));
+      else
+        transpose_panel(x.p + j * x.column, x.column, k, width, panel);
+    }
+    return right_at(scratch, k);
+  }
+  static Right right_at(const void* packed, int64_t k) { return {static_cast<const A*>(packed), k * kWidth, kWidth}; }
+  static Left left_at(View<A> x, const void*) { return x; }
+  struct Session {};
+
+  // panel[i][j] = x[j][i], rows of x `step` apart.
+  static void transpose_panel(const A* x, int64_t step, int64_t k, int64_t width, A* panel) {
+    int64_t j = 0;
+    for (; j + lanes <= width; j += lanes) {
       int64_t i = 0;
       for (; i + lanes <= k; i += lanes) {
         Vec<A> r[lanes];
-        for (int64_t l = 0; l < lanes; ++l) r[l] = load(x.p + i + (j + l) * x.column);
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < lanes; ++l) r[l] = load<A>(x + (j + l) * step + i);
         transpose(r);
-        for (int64_t l = 0; l < lanes; ++l) store(panel + (i + l) * kWidth, r[l]);
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < lanes; ++l) store(panel + (i + l) * kWidth + j, r[l]);
       }
       for (; i < k; ++i)
-        for (int64_t l = 0; l < lanes; ++l) panel[i * kWidth + l] = x.p[i + (j + l) * x.column];
-      j += lanes - 1;
+        for (int64_t l = 0; l < lanes; ++l) panel[i * kWidth + j + l] = x[(j + l) * step + i];
     }
-    return {out, k * kWidth, kWidth};
+    for (; j < width; ++j)
+      for (int64_t i = 0; i < k; ++i) panel[i * kWidth + j] = x[j * step + i];
   }
 
   static void multiply(int64_t m, int64_t n, int64_t k, Left a, Right b, A* c, int64_t ldc, bool add) {
@@ -153,6 +167,9 @@ struct Tiled {
     return out;
   }
   static Right packed(View<float> x, int64_t k, int64_t n, void* scratch) { return right(x, k, n, scratch); }
+  static Right right_at(const void* packed, int64_t) { return static_cast<Right>(packed); }
+  static Left left_at(View<float>, const void* packed) { return static_cast<Left>(packed); }
+  using Session = amx::Tiles;
 
   static void multiply(int64_t m, int64_t n, int64_t k, Left a, Right b, float* c, int64_t ldc, bool add) {
     amx::multiply<kHalf>(m, n, k, a, b, c, ldc, add);
