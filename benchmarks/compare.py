@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.measure import Row
 from benchmarks.work import EAGER, OURS
+from segkernels.console import print_table
 
 HEADER = ("row", "old ms", "new ms", "old/new", "× eager old", "× eager new", "")
 
@@ -67,7 +68,7 @@ def main(old_path: Path, new_path: Path, threshold: float) -> int:
     bad = [change for change in pairs if change.regressed(threshold)]
     lines = [_cells(change, change in bad) for change in pairs]
     lines += [(" ".join(row.key), "", "", "", "", "", f"lost: {row.note}") for row in gone]
-    report.print_table(f"{old_environment['commit']} → {new_environment['commit']}", HEADER, lines)
+    print_table(f"{old_environment['commit']} → {new_environment['commit']}", HEADER, lines)
     print(f"{len(pairs)} rows, {len(bad)} regressed by more than {threshold:.0%}, {len(gone)} lost")
     return 1 if bad or gone else 0
 

@@ -82,7 +82,9 @@ def measure(work: Work, modes: tuple[str, ...], settings: Settings) -> Iterator[
         arguments = work.arguments()
         compiled, note = _compiled(work, arguments) if settings.compile else (None, "")
         ways = work.ways(arguments, True, compiled)
-        checked = accuracy(ways, work.truth(arguments), work.yardstick(arguments), work.length)
+        checked = accuracy(
+            ways, work.truth(arguments), work.yardstick(arguments), work.case.reduction
+        )
         del ways
         wrong = checked.wrong()
         for mode in modes:
@@ -112,7 +114,7 @@ def _compiled(work: Work, arguments: Arguments) -> tuple[Any, str]:
 
 def _fill(row: Row, work: Work, arguments: Arguments, compiled: Any, settings: Settings) -> None:
     grad = row.mode != "forward"
-    row.bytes, row.flops = work.bytes(row.mode), work.flops(row.mode)
+    row.flops, row.bytes = work.cost(row.mode)
     sets = _set_count(row.bytes) if row.device.startswith("cuda") else 1
     calls: dict[str, list[Call]] = {}
     for number, inputs in enumerate(ways_of.input_sets(arguments, sets)):

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.goals import EVERY, Verdict
 from benchmarks.measure import Row
 from benchmarks.work import COMPILED, EAGER, OURS
+from segkernels.console import print_table
 
 SCHEMA = 1
 HEADER = (
@@ -69,9 +70,13 @@ def goal_cells(verdict: Verdict) -> tuple[str, ...]:
 
 
 def print_report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
-    """Tables on standard output, with rich where it is installed."""
+    """Tables on standard output: speed, then memory and accuracy, which would not fit beside it."""
+    names = HEADER[:5]
     for op, group in _by_operator(rows):
-        print_table(op, HEADER, [cells(row) for row in group])
+        table = [cells(row) for row in group]
+        print_table(op, HEADER[:11], [line[:11] for line in table])
+        rest = [line[:5] + line[11:] for line in table]
+        print_table(f"{op}: memory and accuracy", names + HEADER[11:], rest)
     if verdicts:
         print_table("goals", GOAL_HEADER, [goal_cells(v) for v in verdicts])
 
@@ -147,24 +152,6 @@ def progress(items: Sequence[Any], label: Any, quiet: bool = False) -> Iterator[
         for number, item in enumerate(items, 1):
             print(f"[{number}/{len(items)}] {label(item)}", file=sys.stderr, flush=True)
             yield item
-
-
-def print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    if importlib.util.find_spec("rich") is not None and sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left")
-        for name in header:
-            table.add_column(name)
-        for line in lines:
-            table.add_row(*line)
-        Console().print(table)
-        return
-    widths = [max(len(row[i]) for row in (header, *lines)) for i in range(len(header))]
-    print(f"\n{title}")
-    for line in (header, tuple("-" * w for w in widths), *lines):
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
 
 
 def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

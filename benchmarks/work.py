@@ -73,9 +73,7 @@ class Work:
 
     def arguments(self) -> Arguments:
         """The public function's arguments, drawn from a fixed seed."""
-        return _cases(self.op).inputs(
-            self.case, DTYPES[self.dtype], LAYOUTS[self.layout], self.device
-        )
+        return self.case.inputs(DTYPES[self.dtype], LAYOUTS[self.layout], self.device)
 
     def ways(
         self, arguments: Arguments, grad: bool, compiled: Callable[..., Any] | None
@@ -110,16 +108,11 @@ class Work:
         torch._functorch.config.donated_buffer = False
         return torch.compile(getattr(baselines, self.op), dynamic=False)
 
-    def bytes(self, mode: str) -> int:
-        return _cases(self.op).cost(self.case, DTYPES[self.dtype], mode).bytes
-
-    def flops(self, mode: str) -> int:
-        return _cases(self.op).cost(self.case, DTYPES[self.dtype], mode).flops
-
-    @property
-    def length(self) -> int:
-        """Terms of the operator's longest sum."""
-        return _cases(self.op).length(self.case)
+    def cost(self, mode: str) -> tuple[int, int]:
+        """(operations, fewest bytes that must move)."""
+        costs = self.case.cost(DTYPES[self.dtype])
+        parts = [costs[part] for part in mode.split("+")]
+        return sum(flops for flops, _ in parts), sum(nbytes for _, nbytes in parts)
 
     def _ours(self, backend: str) -> Callable[..., Tensor]:
         return partial(getattr(segkernels, self.op), backend=backend)
@@ -130,7 +123,7 @@ def operators() -> tuple[str, ...]:
 
 
 def cases(op: str) -> Sequence[Any]:
-    return tuple(_cases(op).CASES)
+    return tuple(import_module(f"segkernels.ops.{op}.cases").PAPER)
 
 
 def cotangent(y: Tensor) -> Tensor:
@@ -152,10 +145,6 @@ def input_sets(arguments: Arguments, count: int) -> Iterator[Arguments]:
     yield arguments
     for _ in range(count - 1):
         yield {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-
-
-def _cases(op: str) -> Any:
-    return import_module(f"segkernels.ops.{op}.cases")
 
 
 def _way(function: Callable[..., Any], arguments: Arguments, grad: bool) -> Way:
