@@ -1,6 +1,6 @@
-"""What every operator promises, on every backend: one suite, no list of operators or backends to edit.
+"""What every operator promises, on every backend: one suite, no list to edit.
 
-Each test takes an operator, a fused backend that can run here, and the operator's own awkward cases.
+Each test takes an operator, a fused backend that can run here, and the operator's awkward cases.
 """
 
 from __future__ import annotations
