@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.work import OURS, Way, cotangent
+from segkernels import tolerance
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,7 @@ class Accuracy:
 def accuracy(ways: Mapping[str, Way], truth: Way, yardstick: Way, length: int) -> Accuracy:
     """Run every way once, forward and backward. `length` is the longest sum of the operator.
 
-    Law of tolerance: ours may err by as much as the plain reference does in the same type, plus the
-    rounding of one stored result and of `length` terms summed in another order.
+    What ours may be is the law of tolerance, where the reference in the same type is the yardstick.
     """
     y = truth.forward()
     dy = cotangent(yardstick.forward())
@@ -51,20 +52,9 @@ def accuracy(ways: Mapping[str, Way], truth: Way, yardstick: Way, length: int) -
     forward, backward = {}, {}
     for name, way in {**ways, _YARDSTICK: yardstick}.items():
         forward[name], backward[name] = _errors(way, dy, true)
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    budget = 2 * torch.finfo(dy.dtype).eps + 4 * torch.finfo(wide).eps * length**0.5
+    budget = tolerance.budget(dy.dtype, length)
     allowed = (forward.pop(_YARDSTICK) + budget, backward.pop(_YARDSTICK) + budget)
     return Accuracy(forward, backward, allowed)
-
-
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    """Largest absolute error over the largest true value; 0 for empty results."""
-    if result.shape != truth.shape:
-        return float("inf")
-    if truth.numel() == 0:
-        return 0.0
-    largest = truth.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((result.double() - truth).abs().max() / largest)
 
 
 _YARDSTICK = "the reference in the same type"
@@ -72,9 +62,13 @@ _YARDSTICK = "the reference in the same type"
 
 def _errors(way: Way, dy: Tensor, true: tuple[Tensor, Sequence[Tensor]]) -> tuple[float, float]:
     y = way.forward()
-    forward = relative_error(y.detach(), true[0])
+    forward = _error(y, true[0])
     if y.shape != dy.shape:
-        return forward, float("inf")
+        return forward, math.inf
     gradients = torch.autograd.grad(y, way.leaves, dy)
     pairs = zip(gradients, true[1], strict=True)
-    return forward, max(relative_error(g, t) for g, t in pairs)
+    return forward, max(_error(g, t) for g, t in pairs)
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    return tolerance.error(got, truth) if got.shape == truth.shape else math.inf

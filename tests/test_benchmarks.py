@@ -10,10 +10,10 @@ import torch
 import segkernels
 from benchmarks import __main__ as command
 from benchmarks import baselines, compare, report
-from benchmarks.accuracy import relative_error
 from benchmarks.goals import EVERY, GOALS, Goal, judge
 from benchmarks.measure import COPY, Row, Settings, measure
 from benchmarks.work import DTYPES, EAGER, LAYOUTS, MODES, OURS, Work, cases, operators
+from segkernels import tolerance
 from segkernels.timing import copy_of, interleave, memory_of, saved_bytes
 
 QUICK = Settings(budget=0.0, rounds=(2, 2), threads=1, compile=False)
@@ -161,7 +161,9 @@ def test_a_row_has_every_number(rows):
         assert len(report.cells(row)) == len(report.HEADER)
 
 
-@pytest.mark.parametrize("spoil", [lambda y: y * 1.001, lambda y: y * float("nan"), lambda y: y[:, :1]])
+@pytest.mark.parametrize(
+    "spoil", [lambda y: y * 1.001, lambda y: y * float("nan"), lambda y: y[:, :1]]
+)
 def test_a_wrong_result_has_no_time(monkeypatch, spoil):
     true = segkernels.depthwise_conv2d
 
@@ -207,10 +209,10 @@ def test_the_baselines_compute_the_operator(op, dtype):
         wide = {k: v.double() if torch.is_tensor(v) else v for k, v in arguments.items()}
         truth = getattr(segkernels, op)(**wide, backend="reference")
         eager = getattr(baselines, op)
-        assert relative_error(eager(**arguments), truth) < 20 * torch.finfo(DTYPES[dtype]).eps
+        assert tolerance.error(eager(**arguments), truth) < 20 * torch.finfo(DTYPES[dtype]).eps
         folded = baselines.FOLDED.get(op, lambda **_: None)(**arguments)
         if folded is not None:
-            assert relative_error(folded(), truth) < 20 * torch.finfo(DTYPES[dtype]).eps
+            assert tolerance.error(folded(), truth) < 20 * torch.finfo(DTYPES[dtype]).eps
 
 
 # ---- goals, report, comparison -------------------------------------------------------------------
@@ -227,7 +229,9 @@ def test_goals_are_judged_by_the_worst_row(rows):
     row = rows[0]
     ratio = row.ratios[EAGER]["median"]
     goal = Goal(row.op, EVERY, row.dtype, row.layout, row.mode, ratio)
-    slower = replace(row, case="slower", ratios={EAGER: dict.fromkeys(row.ratios[EAGER], ratio / 2)})
+    slower = replace(
+        row, case="slower", ratios={EAGER: dict.fromkeys(row.ratios[EAGER], ratio / 2)}
+    )
     assert judge([row], [goal])[0].outcome == "met"
     verdict = judge([row, slower], [goal])[0]
     assert (verdict.outcome, verdict.case) == ("missed", "slower")
