@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,12 @@ import torch
 
 from benchmarks import compare, report
 from benchmarks.environment import environment
-from benchmarks.goals import GOALS, Goal, judge
+from benchmarks.goals import EVERY, GOALS, Goal, judge
 from benchmarks.measure import Row, Settings, empty, measure
 from benchmarks.work import DTYPES, LAYOUTS, MODES, Work, cases, operators, usable_backends
 
 QUICK_SECONDS = 50  # when --quick stops taking up rows
+QUICK_CASES = ["c256_65_r1", "c256_65_r12", "c256_65_r12_train", "c2048_33_r12", "c304_129_r1"]
 Plan = list[tuple[Work, tuple[str, ...]]]
 
 
@@ -39,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"{work.names}: {', '.join(modes)}" for work, modes in plan))
         return 0
     block = environment(options.device, torch.get_num_threads())
-    rows, finished = _run(plan, _settings(options), options.limit)
+    if block["load"] > 1:
+        print(
+            f"note: the machine is busy (load {block['load']}), times will scatter", file=sys.stderr
+        )
+    limit = options.limit or (QUICK_SECONDS if options.quick else None)
+    rows, finished = _run(plan, _settings(options), limit)
     verdicts = [
         v for v in judge(rows, _goals(options)) if options.goals or v.outcome != "not measured"
     ]
@@ -127,30 +134,31 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    """Works with their modes; those with goals first."""
+    """Works with their modes: those with goals of their own first, the operators in turns."""
     dtypes = options.dtype or (["float32"] if options.quick else ["float32", "bfloat16"])
     layouts = options.layout or (["channels_last"] if options.quick else list(LAYOUTS))
+    patterns = options.case or (QUICK_CASES if options.quick else ["*"])
     modes = tuple(options.mode or MODES)
-    if options.quick and options.limit is None:
-        options.limit = QUICK_SECONDS
-    plan: Plan = []
+    works = []
     for op in options.op or operators():
         backends = options.backend or _backends(op, options.device)
-        chosen = [
-            c for c in cases(op) if any(fnmatchcase(c.name, p) for p in options.case or ["*"])
+        chosen = [c for c in cases(op) if any(fnmatchcase(c.name, p) for p in patterns)]
+        kinds = itertools.product(chosen, dtypes, layouts, backends)
+        works += [
+            (place, Work(op, case, dtype, layout, backend, options.device))
+            for place, (case, dtype, layout, backend) in enumerate(kinds)
         ]
-        for case in chosen:
-            for dtype in dtypes:
-                for layout in layouts:
-                    for backend in backends:
-                        work = Work(op, case, dtype, layout, backend, options.device)
-                        plan.append((work, modes))
-    with_goals = [(work, _goal_modes(work, modes)) for work, modes in plan]
+    works.sort(key=lambda item: (_rank(item[1], modes), item[0]))
     if options.goals:
-        return [(work, modes) for work, modes in with_goals if modes]
-    return [
-        item for item, goal in sorted(zip(plan, with_goals, strict=True), key=lambda p: not p[1][1])
-    ]
+        modes_of = ((work, _goal_modes(work, modes)) for _, work in works)
+        return [(work, with_goals) for work, with_goals in modes_of if with_goals]
+    return [(work, modes) for _, work in works]
+
+
+def _rank(work: Work, modes: tuple[str, ...]) -> int:
+    """0 with a goal of its own, 1 with one for many rows, 2 without."""
+    covering = [g.case for g in GOALS for m in modes if g.covers(*work.key, m, work.device)]
+    return 2 if not covering else int(all(case == EVERY for case in covering))
 
 
 def _backends(op: str, device: str) -> list[str]:

@@ -8,16 +8,17 @@ import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "sve")
 
 
-def environment(device: str, threads: int) -> dict[str, object]:
+def environment(device: str, threads: int) -> dict[str, Any]:
     """The block that every result file carries."""
     cpu, flags = _cpu()
-    block: dict[str, object] = {
+    block: dict[str, Any] = {
         "machine": machine(device),
         "device": device,
         "cpu": cpu,
