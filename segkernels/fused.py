@@ -348,7 +348,6 @@ def _why_not_triton(package: str, device: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _choose(
     package: str, device: str, dtype: torch.dtype, limit: str | None, requested: str | None
 ) -> str:
@@ -356,6 +355,10 @@ def _choose(
     requested = requested or os.environ.get("SEGKERNELS_BACKEND") or "auto"
     strict = os.environ.get("SEGKERNELS_STRICT") == "1"
     return _decide(package, device, dtype, limit, requested, strict)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo (and Triton).
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache  # decided, and warned about, once

@@ -40,5 +40,5 @@ def budget(dtype: torch.dtype, longest_sum: int) -> float:
 def verdict(
     got: Tensor, yardstick: Tensor, truth: Tensor, dtype: torch.dtype, longest_sum: int
 ) -> tuple[float, float]:
-    """(error of ``got``, error allowed), ``yardstick`` being the reference computed in ``dtype``."""
+    """(error of ``got``, error allowed); ``yardstick`` is the reference computed in ``dtype``."""
     return error(got, truth), error(yardstick, truth) + budget(dtype, longest_sum)

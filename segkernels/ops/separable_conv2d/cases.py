@@ -80,7 +80,7 @@ class Case:
 
 
 def _branches(width: int, stage: int, dtype: torch.dtype) -> torch.Tensor:
-    """Shifts of alternating sign, several deviations of the stage's input (1 inner, about 3 outer)."""
+    """Shifts of alternating sign, several deviations of the stage's input."""
     sign = 1 - 2 * (torch.arange(width) % 2)
     return (sign * (4, 20)[stage]).to(dtype)
 
