@@ -24,8 +24,11 @@ QUICK_CASES = ["c256_65_r1", "c256_65_r12", "c256_65_r12_train", "c2048_33_r12",
 Plan = list[tuple[Work, tuple[str, ...]]]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured; 1: wrong or failed rows, missed goals, regressions; 2: usage; 130: Ctrl-C."""
+def main(argv: Sequence[str] | None = None, checks: dict[str, str] | None = None) -> int:
+    """0: measured; 1: wrong or failed rows, missed goals, regressions; 2: usage; 130: Ctrl-C.
+
+    `checks` (name -> outcome) is what was tested before and belongs into the report.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["compare"]:
         parsed = _compare_parser().parse_args(arguments[1:])
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{work.names}: {', '.join(modes)}" for work, modes in plan))
         return 0
-    block = environment(options.device, torch.get_num_threads())
+    block = environment(options.device, torch.get_num_threads()) | (checks or {})
     if block["load"] > 1:
         print(
             f"note: the machine is busy (load {block['load']}), times will scatter", file=sys.stderr

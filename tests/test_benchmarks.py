@@ -2,14 +2,17 @@
 
 import json
 import platform
+import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import segkernels
 from benchmarks import __main__ as command
-from benchmarks import baselines, compare, report
+from benchmarks import baselines, compare, gpu, report
 from benchmarks.goals import EVERY, GOALS, Goal, judge
 from benchmarks.measure import COPY, Row, Settings, measure
 from benchmarks.work import DTYPES, EAGER, LAYOUTS, MODES, OURS, Work, cases, operators
@@ -102,6 +105,53 @@ def test_variants_take_turns_within_a_turn():
         {"a": [machine.work("x", 1e-3), machine.work("y", 1e-3)]}, clock=machine, rounds=(2, 2)
     )
     assert "".join(machine.log[-2:]) == "xy"
+
+
+class Cuda:
+    """As much of torch.cuda as the timer uses, on the clock of a Machine."""
+
+    def __init__(self, machine, captures=True):
+        self.machine, self.captures, self.captured = machine, captures, []
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace(at=None, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.machine.now)
+        event.elapsed_time = lambda end: (end.at - event.at) * 1e3
+        return event
+
+    def CUDAGraph(self):
+        return SimpleNamespace(seconds=0.0, replay=lambda: None)
+
+    @contextmanager
+    def graph(self, graph, stream):
+        if not self.captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        start = self.machine.now
+        yield
+        graph.seconds = self.machine.now - start
+        graph.replay = lambda: setattr(self.machine, "now", self.machine.now + graph.seconds)
+
+    def Stream(self, device):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def synchronize(self, device=None):
+        pass
+
+
+@pytest.mark.parametrize(("captures", "clock"), [(True, "graph"), (False, "events")])
+def test_a_gpu_is_timed_by_events_around_graphs(monkeypatch, captures, clock):
+    machine = Machine()
+    monkeypatch.setattr(torch, "cuda", Cuda(machine, captures))
+    calls = {"slow": machine.work("s", 3e-4), "fast": [machine.work("f", 1e-4)] * 4}
+    run = interleave(calls, device="cuda", clock=machine, rounds=(3, 3))
+    assert run.clock == clock and run["fast"].calls in (20, 24)  # whole passes over the four
+    assert run["fast"].median == pytest.approx(1e-4)
+    assert run.ratio("slow", "fast").median == pytest.approx(3.0)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -204,7 +254,8 @@ def test_a_failure_is_a_row_that_says_so(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_the_baselines_compute_the_operator(op, dtype):
     for case in cases(op):
-        small = replace(case, shape=(1, 6, 8, 7))
+        few = {"outputs": 5} if op == "separable_conv2d" else {}
+        small = replace(case, shape=(1, 6, 8, 7), **few)
         arguments = small.inputs(DTYPES[dtype], LAYOUTS["channels_last"], "cpu")
         wide = {k: v.double() if torch.is_tensor(v) else v for k, v in arguments.items()}
         truth = getattr(segkernels, op)(**wide, backend="reference")
@@ -278,7 +329,8 @@ def test_compare_marks_what_became_slower(rows, tmp_path, capsys):
 
 def test_the_command_measures_writes_and_tells(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "cases", lambda op: [toy(op).case])
-    arguments = ["--quick", "--backend", "reference", "--mode", "forward", "--device", "cpu"]
+    arguments = ["--quick", "--backend", "reference", "--mode", "forward", "--case", "toy"]
+    arguments += ["--device", "cpu"]
     assert command.main([*arguments, "--threads", "1", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert all(op in out for op in operators()) and "toy" in out
@@ -296,3 +348,37 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path):
     arguments = ["--backend", "reference", "--device", "cpu", "--threads", "1"]
     assert command.main([*arguments, "--out", str(tmp_path)]) == 130
     assert len(report.read(next(tmp_path.glob("*/*.json")))[1]) == 1
+
+
+# ---- make gpu ------------------------------------------------------------------------------------
+
+
+def test_a_step_that_takes_too_long_is_stopped():
+    python = (sys.executable, "-c")
+    assert gpu.run(gpu.Step("good", (*python, "pass"), 1.0), 60.0) == "passed"
+    assert (
+        gpu.run(gpu.Step("bad", (*python, "raise SystemExit(3)"), 1.0), 60.0) == "failed (status 3)"
+    )
+    endless = gpu.Step("endless", (*python, "import time; time.sleep(600)"), 1.0)
+    assert gpu.run(endless, 1.0).startswith("stopped after")
+
+
+def test_gpu_builds_tests_and_measures_in_this_order(monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setattr(gpu, "run", lambda step, seconds: done.append(step.name) or "passed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        gpu.benchmarks, "main", lambda argv, checks: done.append((argv, checks)) or 0
+    )
+    assert gpu.main(["--out", str(tmp_path)]) == 0
+    assert done[:2] == ["build", "contract"]
+    argv, checks = done[-1]
+    assert argv[:2] == ["--device", "cuda"] and 0 < float(argv[3]) < 540
+    assert checks["contract"] == "passed"
+
+
+def test_without_a_device_gpu_builds_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "run", lambda step, seconds: "passed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "no CUDA device" in capsys.readouterr().out
