@@ -103,12 +103,13 @@ class TestDoctor:
         assert doctor.main([]) == 1
         assert "failed: native cpu: python -m segkernels build" in capsys.readouterr().out
 
-    def test_wrong_numbers_fail(self, monkeypatch, capsys) -> None:
+    @pytest.mark.parametrize("factor", [1 + 1e-3, float("nan")])
+    def test_wrong_numbers_fail(self, factor, monkeypatch, capsys) -> None:
         results = doctor._results
 
         def wrong(op: str, backend: str, inputs: dict[str, object]) -> list[torch.Tensor]:
             made = results(op, backend, inputs)
-            return [made[0] * (1 + 1e-3), *made[1:]] if backend == "fast" else made
+            return [made[0] * factor, *made[1:]] if backend == "fast" else made
 
         monkeypatch.setattr(doctor, "_results", wrong)
         monkeypatch.setattr(doctor, "_usable", lambda _: [("depthwise_conv2d", "cpu", "fast")])
@@ -121,11 +122,6 @@ class TestDoctor:
         assert doctor.main([]) == 1
         out = capsys.readouterr().out
         assert "SEGKERNELS_BACKEND=reference" in out
-
-    def test_nan_fails(self) -> None:
-        truth = [torch.ones(3), torch.ones(3)]
-        error = doctor._error([torch.tensor([1.0, torch.nan, 1.0]), torch.ones(3)], truth)
-        assert not error <= 1.0
 
     def test_a_backend_that_raises_fails(self, monkeypatch, capsys) -> None:
         monkeypatch.setattr(doctor, "_usable", lambda _: [("depthwise_conv2d", "cpu", "absent")])
@@ -197,9 +193,7 @@ class TestBuild:
     def test_a_request_that_cannot_be_met(self, monkeypatch, tmp_path, capsys) -> None:
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
         assert command_line.main(["build", "cuda"]) == 1
-        assert capsys.readouterr().err.startswith(
-            "error: 'cuda' was asked for and cannot be built"
-        )
+        assert capsys.readouterr().err.startswith("error: 'cuda' was asked for and cannot be built")
 
     @pytest.mark.build
     def test_ctrl_c_ends_the_compiler_and_leaves_nothing(self, tmp_path) -> None:
@@ -231,9 +225,18 @@ class TestBuild:
         assert process.returncode == 130
         assert err.strip() == "interrupted"
         assert not list((tmp_path / "out").iterdir())
-        for pid in started.read_text().split():
-            with pytest.raises(ProcessLookupError):
-                os.kill(int(pid), 0)
+        compilers = [Path(f"/proc/{pid}") for pid in started.read_text().split()]
+        while any(map(running, compilers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(running, compilers))
+
+
+def running(process: Path) -> bool:
+    """Whether it still runs; one that ended may wait for its parent to take notice."""
+    try:
+        return (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # The command on a tree of the test's own, and without the front door: its import of torch is slow.
