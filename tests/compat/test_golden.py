@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ def _cases() -> list[Any]:
             if case["mode"] != "none" and our_class(case) is not None:
                 found.append(pytest.param(folder, case, id=f"{'full' if folder == FULL else 'committed'}-{name}"))
     return found
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The maps are tiny: more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["reference", "native"])
