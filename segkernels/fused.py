@@ -20,6 +20,7 @@ else the first of the automatic order that can run.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -179,7 +180,7 @@ class Operator:
         if chosen == "reference":
             return self._reference(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return _Fused.apply(self.name, chosen, *args)
+            return _Fused.apply(self.name, chosen, *args)  # type: ignore[no-untyped-call]
         return self.raw(chosen)(*args)
 
     def _cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -233,7 +234,7 @@ class _Fused(torch.autograd.Function):
                 "\n  for second derivatives pass backend='reference'"
             )
         needs = dict(zip(op.arguments, ctx.needs_input_grad[2:], strict=True))
-        named = dict(zip((f"d{n}" for n in op.outputs), cotangents, strict=True))
+        named: dict[str, Any] = dict(zip((f"d{n}" for n in op.outputs), cotangents, strict=True))
         named |= dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True)) | ctx.constants
         named["need"] = [int(needs[g[1:]]) for g in op._gradients]
         made = op.raw(ctx.backend, backward=True)(*(named.get(n) for n in op._backward_arguments))
@@ -347,16 +348,21 @@ def _why_not_triton(package: str, device: str) -> str | None:
     return None
 
 
-_warned: set[str] = set()
-
-
 @torch.compiler.assume_constant_result
 def _choose(
     package: str, device: str, dtype: torch.dtype, limit: str | None, requested: str | None
 ) -> str:
     """The backend for one call; it depends on types and environment only, so graphs may fix it."""
-    name = package.rsplit(".", 1)[-1]
     requested = requested or os.environ.get("SEGKERNELS_BACKEND") or "auto"
+    strict = os.environ.get("SEGKERNELS_STRICT") == "1"
+    return _decide(package, device, dtype, limit, requested, strict)
+
+
+@functools.cache  # decided, and warned about, once
+def _decide(
+    package: str, device: str, dtype: torch.dtype, limit: str | None, requested: str, strict: bool
+) -> str:
+    name = package.rsplit(".", 1)[-1]
     reasons = _reasons(package, device, dtype, limit)
     if requested in reasons:
         if reasons[requested] is None:
@@ -371,11 +377,9 @@ def _choose(
     chosen = next(b for b in order if reasons[b] is None)
     if chosen == "reference" and device in ("cpu", "cuda"):
         message = _refusal(name, "no fused backend can run; plain PyTorch is used", reasons)
-        if os.environ.get("SEGKERNELS_STRICT") == "1":
+        if strict:
             raise BackendUnavailableError(f"{message}\n  SEGKERNELS_STRICT=1 makes this an error")
-        if message not in _warned:
-            _warned.add(message)
-            warnings.warn(message, SegkernelsPerformanceWarning, stacklevel=4)
+        warnings.warn(message, SegkernelsPerformanceWarning, stacklevel=5)
     return chosen
 
 

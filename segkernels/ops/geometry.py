@@ -80,7 +80,7 @@ def window(op: str, weight: Tensor, stride: Size, padding: Padding, dilation: Ra
             "  an even kernel has no centre; pad the weight with a zero row and column"
         )
     if rates is None:
-        dilations = (_pair(op, "dilation", dilation, 1),)
+        dilations: tuple[Pair, ...] = (_pair(op, "dilation", dilation, 1),)
     else:
         if isinstance(dilation, int) or len(dilation) != rates:
             raise UnsupportedInputError(
