@@ -28,8 +28,12 @@ class Case:
         memory_format: torch.memory_format = torch.channels_last,
         device: str = "cpu",
         seed: int = 0,
+        kinks: bool = True,
     ) -> dict[str, Any]:
-        """Arguments of the public function, drawn in ``dtype``: normal, weights of unit gain."""
+        """Arguments of the public function, drawn in ``dtype``: normal, weights of unit gain.
+
+        The function is smooth: there are no ``kinks`` to keep away from.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*size: int) -> torch.Tensor:

@@ -31,8 +31,13 @@ class Case:
         memory_format: torch.memory_format = torch.channels_last,
         device: str = "cpu",
         seed: int = 0,
+        kinks: bool = True,
     ) -> dict[str, Any]:
-        """Arguments of the public function: maps and weights in ``dtype``, affine terms wide."""
+        """Arguments of the public function: maps and weights in ``dtype``, affine terms wide.
+
+        ``kinks=False`` shifts every channel well inside one branch of its activation, so that a
+        16-bit rounding cannot move a value across the kink and flip a gradient.
+        """
         generator = torch.Generator().manual_seed(seed)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -53,6 +58,8 @@ class Case:
             if self.affine[i]:
                 made[f"{stage}_scale"] = 1 + draw(len(self.rates) * width, dtype=wide) / 4
                 made[f"{stage}_shift"] = draw(len(self.rates) * width, dtype=wide) / 4
+            if not kinks and self.activation[i]:
+                made[f"{stage}_shift"] = _branches(len(self.rates) * width, i, wide).to(device)
             made[f"{stage}_activation"] = self.activation[i]
             made[f"{stage}_eps"] = self.eps[i]
         return made
@@ -70,6 +77,12 @@ class Case:
         work = 2 * pixels * c * (math.prod(self.kernel) + self.outputs)
         x, y = b * c * h * w * dtype.itemsize, pixels * self.outputs * dtype.itemsize
         return {"forward": (work, x + y), "backward": (2 * work, 2 * x + y)}
+
+
+def _branches(width: int, stage: int, dtype: torch.dtype) -> torch.Tensor:
+    """Shifts of alternating sign, several deviations of the stage's input."""
+    sign = 1 - 2 * (torch.arange(width) % 2)
+    return (sign * (4, 20)[stage]).to(dtype)
 
 
 def _rate(*rates: int) -> tuple[Pair, ...]:
