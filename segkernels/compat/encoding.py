@@ -17,14 +17,22 @@ from segkernels.nn.chain import run
 NormClass = Callable[[int], nn.Module]
 
 
-def ASPPConv(in_channels: int, out_channels: int, atrous_rate: int, norm_layer: NormClass) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=atrous_rate, dilation=atrous_rate, bias=False)
+def ASPPConv(
+    in_channels: int, out_channels: int, atrous_rate: int, norm_layer: NormClass
+) -> nn.Sequential:
+    conv = nn.Conv2d(
+        in_channels, out_channels, 3, padding=atrous_rate, dilation=atrous_rate, bias=False
+    )
     return nn.Sequential(conv, norm_layer(out_channels), nn.ReLU(True))
 
 
 class AsppPooling(nn.Module):
     def __init__(
-        self, in_channels: int, out_channels: int, norm_layer: NormClass, up_kwargs: dict[str, Any] | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm_layer: NormClass,
+        up_kwargs: dict[str, Any] | None,
     ) -> None:
         super().__init__()
         self._up_kwargs = up_kwargs or {"mode": "bilinear", "align_corners": True}
@@ -60,13 +68,18 @@ class ASPP_Module(nn.Module):
         self.backend = backend
         width = in_channels // 8
         rate1, rate2, rate3 = atrous_rates
-        self.b0 = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), norm_layer(width), nn.ReLU(True))
+        self.b0 = nn.Sequential(
+            nn.Conv2d(in_channels, width, 1, bias=False), norm_layer(width), nn.ReLU(True)
+        )
         self.b1 = ASPPConv(in_channels, width, rate1, norm_layer)
         self.b2 = ASPPConv(in_channels, width, rate2, norm_layer)
         self.b3 = ASPPConv(in_channels, width, rate3, norm_layer)
         self.b4 = AsppPooling(in_channels, width, norm_layer, up_kwargs)
         self.project = nn.Sequential(
-            nn.Conv2d(5 * width, width, 1, bias=False), norm_layer(width), nn.ReLU(True), nn.Dropout2d(0.5)
+            nn.Conv2d(5 * width, width, 1, bias=False),
+            norm_layer(width),
+            nn.ReLU(True),
+            nn.Dropout2d(0.5),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """mmcv.cnn: ``ConvModule``, ``DepthwiseSeparableConvModule``.
 
-Configuration dictionaries are mmcv's: ``norm_cfg`` of type BN, SyncBN, GN, IN or LN, ``act_cfg`` of any torch activation (and HSwish, HSigmoid, Swish).
+Configuration dictionaries are mmcv's: ``norm_cfg`` of type BN, SyncBN, GN, IN or LN, ``act_cfg`` of
+any torch activation (and HSwish, HSigmoid, Swish).
 
 Source: Howard et al., "MobileNets", 2017; the composition is mmcv's.
 """
@@ -36,7 +37,9 @@ PADDINGS = {"zero": nn.ZeroPad2d, "reflect": nn.ReflectionPad2d, "replicate": nn
 
 
 class ConvModule(nn.Module):
-    """Convolution, norm and activation in a given order. Keys: ``conv``, the norm under its short name (``bn``, ``gn``, ...), ``activate``."""
+    """Convolution, norm and activation in a given order. Keys: ``conv``, the norm under its short
+    name (``bn``, ``gn``, ...), ``activate``.
+    """
 
     backend: str | None = None
 
@@ -64,7 +67,9 @@ class ConvModule(nn.Module):
         if conv_cfg is not None and conv_cfg.get("type") not in ("Conv", "Conv2d"):
             raise ValueError(f"ConvModule: only plain 2-d convolutions\n  conv_cfg: {conv_cfg}")
         if sorted(order) != ["act", "conv", "norm"]:
-            raise ValueError(f"ConvModule: order is an arrangement of conv, norm, act\n  order: {order}")
+            raise ValueError(
+                f"ConvModule: order is an arrangement of conv, norm, act\n  order: {order}"
+            )
         self.backend = backend
         self.order = order
         self.with_norm = norm_cfg is not None
@@ -82,7 +87,7 @@ class ConvModule(nn.Module):
             dilation,
             groups,
             bias=norm_cfg is None if bias == "auto" else bool(bias),
-            padding_mode=padding_mode,
+            padding_mode=padding_mode,  # type: ignore[arg-type]
         )
         _initialise(self.conv, act_cfg)
         if with_spectral_norm:
@@ -109,12 +114,20 @@ class ConvModule(nn.Module):
         return [layer for name in self.order for layer in layers[name]]
 
     def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
-        skipped = {id(self.norm) if not norm else None, id(self.activate) if self.with_activation and not activate else None}
-        return run(x, [layer for layer in self.layers_in_order() if id(layer) not in skipped], backend=self.backend)
+        skipped = {
+            id(self.norm) if not norm else None,
+            id(self.activate) if self.with_activation and not activate else None,
+        }
+        return run(
+            x,
+            [layer for layer in self.layers_in_order() if id(layer) not in skipped],
+            backend=self.backend,
+        )
 
 
 class DepthwiseSeparableConvModule(nn.Module):
-    """``depthwise_conv`` and ``pointwise_conv``, each a :class:`ConvModule`; "default" norms and activations are ``norm_cfg``, ``act_cfg``.
+    """``depthwise_conv`` and ``pointwise_conv``, each a :class:`ConvModule`; "default" norms and
+    activations are ``norm_cfg``, ``act_cfg``.
 
     Further keyword arguments go to both. Input [B, C, H, W], output [B, D, H', W'].
     """
@@ -186,7 +199,11 @@ def build_norm(config: Config, channels: int) -> tuple[str, nn.Module]:
     kind, trainable = options.pop("type"), options.pop("requires_grad", True)
     if kind not in NORMS:
         raise ValueError(f"norm_cfg: type is one of {sorted(NORMS)}\n  norm_cfg: {dict(config)}")
-    width = {"num_groups": options.pop("num_groups"), "num_channels": channels} if kind == "GN" else None
+    width = (
+        {"num_groups": options.pop("num_groups"), "num_channels": channels}
+        if kind == "GN"
+        else None
+    )
     norm = NORMS[kind](**width, **options) if width else NORMS[kind](channels, **options)
     norm.requires_grad_(trainable)
     return next(name for base, name in ABBREVIATIONS.items() if isinstance(norm, base)), norm

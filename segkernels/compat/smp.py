@@ -1,6 +1,8 @@
-"""segmentation_models_pytorch.decoders.deeplabv3.decoder: ``SeparableConv2d``, ``ASPP``, ``DeepLabV3Decoder``, ``DeepLabV3PlusDecoder``.
+"""segmentation_models_pytorch.decoders.deeplabv3.decoder: ``SeparableConv2d``, ``ASPP``,
+``DeepLabV3Decoder``, ``DeepLabV3PlusDecoder``.
 
-Between depthwise and pointwise there is nothing here; the norm and ReLU behind a ``SeparableConv2d`` are its parent's, which fuses them.
+Between depthwise and pointwise there is nothing here; the norm and ReLU behind a
+``SeparableConv2d`` are its parent's, which fuses them.
 
 Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018.
 """
@@ -35,9 +37,17 @@ class SeparableConv2d(nn.Sequential):
         *,
         backend: str | None = None,
     ) -> None:
-        where = {"stride": stride, "padding": padding, "dilation": dilation}
         super().__init__(
-            nn.Conv2d(in_channels, in_channels, kernel_size, groups=in_channels, bias=False, **where),
+            nn.Conv2d(
+                in_channels,
+                in_channels,
+                kernel_size,
+                stride,
+                padding,
+                dilation,
+                groups=in_channels,
+                bias=False,
+            ),
             nn.Conv2d(in_channels, out_channels, 1, bias=bias),
         )
         self.backend = backend
@@ -52,10 +62,18 @@ class SeparableConv2d(nn.Sequential):
 class ASPPSeparableConv(nn.Sequential):
     backend: str | None = None
 
-    def __init__(self, in_channels: int, out_channels: int, dilation: int, *, backend: str | None = None) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, dilation: int, *, backend: str | None = None
+    ) -> None:
         super().__init__(
             SeparableConv2d(
-                in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False, backend=backend
+                in_channels,
+                out_channels,
+                3,
+                padding=dilation,
+                dilation=dilation,
+                bias=False,
+                backend=backend,
             ),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
@@ -70,7 +88,7 @@ class ASPPSeparableConv(nn.Sequential):
 
 
 class ASPP(torchvision.ASPP):
-    """Three rates. separable: the 3x3 branches are depthwise + pointwise, all in one call over x."""
+    """Three rates. separable: the 3x3 branches are depthwise + pointwise, in one call over x."""
 
     def __init__(
         self,
@@ -96,7 +114,9 @@ class ASPP(torchvision.ASPP):
 
 
 class DeepLabV3Decoder(nn.Module):
-    """ASPP, 3x3 convolution, norm, ReLU on the last feature map. Older checkpoints (keys ``0``, ``1``, ``2``) load as well."""
+    """ASPP, 3x3 convolution, norm, ReLU on the last feature map. Older checkpoints (keys ``0``,
+    ``1``, ``2``) load as well.
+    """
 
     def __init__(
         self,
@@ -109,7 +129,9 @@ class DeepLabV3Decoder(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.aspp = ASPP(in_channels, out_channels, atrous_rates, aspp_separable, aspp_dropout, backend=backend)
+        self.aspp = ASPP(
+            in_channels, out_channels, atrous_rates, aspp_separable, aspp_dropout, backend=backend
+        )
         self.conv = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU()
@@ -145,18 +167,27 @@ class DeepLabV3PlusDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if encoder_depth < 3:
-            raise ValueError(f"DeepLabV3PlusDecoder needs an encoder of depth 3 or more\n  encoder_depth: {encoder_depth}")
+            raise ValueError(
+                "DeepLabV3PlusDecoder needs an encoder of depth 3 or more"
+                f"\n  encoder_depth: {encoder_depth}"
+            )
         self.backend = backend
         deep, low_level, width = encoder_channels[-1], encoder_channels[2], 48
 
         def separable(channels: int) -> list[nn.Module]:
-            conv = SeparableConv2d(channels, out_channels, 3, padding=1, bias=False, backend=backend)
+            conv = SeparableConv2d(
+                channels, out_channels, 3, padding=1, bias=False, backend=backend
+            )
             return [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
         aspp = ASPP(deep, out_channels, atrous_rates, aspp_separable, aspp_dropout, backend=backend)
         self.aspp = nn.Sequential(aspp, *separable(out_channels))
-        self.up = nn.UpsamplingBilinear2d(scale_factor=4 if output_stride == 16 and encoder_depth > 3 else 2)
-        self.block1 = nn.Sequential(nn.Conv2d(low_level, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.up = nn.UpsamplingBilinear2d(
+            scale_factor=4 if output_stride == 16 and encoder_depth > 3 else 2
+        )
+        self.block1 = nn.Sequential(
+            nn.Conv2d(low_level, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.block2 = nn.Sequential(*separable(width + out_channels))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,8 @@
 
 Keys: ``convs.{i}`` (1x1, atrous..., image pooling), ``project``.
 
-Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017, section 3.3.
+Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017, section
+3.3.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ from segkernels.nn.chain import run
 class ASPPConv(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, dilation: int) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False),
+            nn.Conv2d(
+                in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False
+            ),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
         )
 
 
 class ASPPPooling(nn.Sequential):
-    """The image-level branch. By itself it returns a map; inside an ASPP its one pixel is spread without a copy."""
+    """The image-level branch. By itself it returns a map; inside an ASPP its one pixel is spread
+    without a copy.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
@@ -49,17 +54,35 @@ class ASPP(nn.Module):
     backend: str | None
 
     def __init__(
-        self, in_channels: int, atrous_rates: Sequence[int], out_channels: int = 256, *, backend: str | None = None
+        self,
+        in_channels: int,
+        atrous_rates: Sequence[int],
+        out_channels: int = 256,
+        *,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        self._build(in_channels, out_channels, (ASPPConv(in_channels, out_channels, rate) for rate in atrous_rates), 0.5, backend)
+        self._build(
+            in_channels,
+            out_channels,
+            (ASPPConv(in_channels, out_channels, rate) for rate in atrous_rates),
+            0.5,
+            backend,
+        )
 
     def _build(
-        self, in_channels: int, out_channels: int, atrous: Iterable[nn.Module], dropout: float, backend: str | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        atrous: Iterable[nn.Module],
+        dropout: float,
+        backend: str | None,
     ) -> None:
         self.backend = backend
         pointwise = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
         )
         self.convs = nn.ModuleList([pointwise, *atrous, ASPPPooling(in_channels, out_channels)])
         self.project = nn.Sequential(
@@ -71,7 +94,9 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         *branches, pool = self.convs
-        return self.project(pyramid(x, ([branch] for branch in branches), [pool], backend=self.backend))
+        return self.project(
+            pyramid(x, ([branch] for branch in branches), [pool], backend=self.backend)
+        )
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"

@@ -1,5 +1,5 @@
-"""VainF/DeepLabV3Plus-Pytorch, network._deeplab: ``ASPP``, ``AtrousSeparableConvolution``, ``DeepLabHead``, ``DeepLabHeadV3Plus``,
-``convert_to_separable_conv``.
+"""VainF/DeepLabV3Plus-Pytorch, network._deeplab: ``ASPP``, ``AtrousSeparableConvolution``,
+``DeepLabHead``, ``DeepLabHeadV3Plus``, ``convert_to_separable_conv``.
 
 Between depthwise and pointwise there is nothing here; the decoder concatenates [low-level, ASPP].
 
@@ -41,7 +41,9 @@ class AtrousSeparableConvolution(nn.Module):
         super().__init__()
         self.backend = backend
         self.body = nn.Sequential(
-            nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, dilation, in_channels, bias),
+            nn.Conv2d(
+                in_channels, in_channels, kernel_size, stride, padding, dilation, in_channels, bias
+            ),
             nn.Conv2d(in_channels, out_channels, 1, bias=bias),
         )
         _initialise(self)
@@ -59,10 +61,18 @@ class AtrousSeparableConvolution(nn.Module):
 class ASPP(torchvision.ASPP):
     """256 channels, three rates."""
 
-    def __init__(self, in_channels: int, atrous_rates: Sequence[int], *, backend: str | None = None) -> None:
+    def __init__(
+        self, in_channels: int, atrous_rates: Sequence[int], *, backend: str | None = None
+    ) -> None:
         nn.Module.__init__(self)
         rate1, rate2, rate3 = atrous_rates
-        self._build(in_channels, 256, (ASPPConv(in_channels, 256, r) for r in (rate1, rate2, rate3)), 0.1, backend)
+        self._build(
+            in_channels,
+            256,
+            (ASPPConv(in_channels, 256, r) for r in (rate1, rate2, rate3)),
+            0.1,
+            backend,
+        )
 
 
 class DeepLabHead(nn.Module):
@@ -71,11 +81,18 @@ class DeepLabHead(nn.Module):
     backend: str | None
 
     def __init__(
-        self, in_channels: int, num_classes: int, aspp_dilate: Sequence[int] = (12, 24, 36), *, backend: str | None = None
+        self,
+        in_channels: int,
+        num_classes: int,
+        aspp_dilate: Sequence[int] = (12, 24, 36),
+        *,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.classifier = nn.Sequential(ASPP(in_channels, aspp_dilate, backend=backend), *_classifier(256, num_classes))
+        self.classifier = nn.Sequential(
+            ASPP(in_channels, aspp_dilate, backend=backend), *_classifier(256, num_classes)
+        )
         _initialise(self)
 
     def forward(self, feature: Mapping[str, Tensor]) -> Tensor:
@@ -83,7 +100,9 @@ class DeepLabHead(nn.Module):
 
 
 class DeepLabHeadV3Plus(nn.Module):
-    """``forward({"low_level": [B, C₁, H₁, W₁], "out": [B, C, H, W]})`` to logits [B, num_classes, H₁, W₁]."""
+    """``forward({"low_level": [B, C₁, H₁, W₁], "out": [B, C, H, W]})`` to logits [B, num_classes,
+    H₁, W₁].
+    """
 
     backend: str | None
 
@@ -98,19 +117,25 @@ class DeepLabHeadV3Plus(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.project = nn.Sequential(nn.Conv2d(low_level_channels, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU())
+        self.project = nn.Sequential(
+            nn.Conv2d(low_level_channels, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU()
+        )
         self.aspp = ASPP(in_channels, aspp_dilate, backend=backend)
         self.classifier = nn.Sequential(*_classifier(48 + 256, num_classes))
         _initialise(self)
 
     def forward(self, feature: Mapping[str, Tensor]) -> Tensor:
         low_level = self.project(feature["low_level"])
-        context = F.interpolate(self.aspp(feature["out"]), low_level.shape[-2:], mode="bilinear", align_corners=False)
+        context = F.interpolate(
+            self.aspp(feature["out"]), low_level.shape[-2:], mode="bilinear", align_corners=False
+        )
         return run(torch.cat([low_level, context], 1), [self.classifier], backend=self.backend)
 
 
 def convert_to_separable_conv(module: nn.Module, *, backend: str | None = None) -> nn.Module:
-    """Every convolution with a kernel larger than 1 below ``module`` becomes a new ``AtrousSeparableConvolution``, in place."""
+    """Every convolution with a kernel larger than 1 below ``module`` becomes a new
+    ``AtrousSeparableConvolution``, in place.
+    """
     if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
         conv = module
         return AtrousSeparableConvolution(

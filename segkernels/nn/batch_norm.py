@@ -1,4 +1,5 @@
-"""BatchNorm as the affine stages of the operators: what a norm layer contributes, and how its running statistics move.
+"""BatchNorm as the affine stages of the operators: what a norm layer contributes, and how its
+running statistics move.
 
     eval       y = γ (d - m̂) / √(v̂ + ε) + β = scale·d + shift          m̂, v̂ the running statistics
     training   y = γ (d - m) / √(v + ε) + β                             m, v the batch's own moments
@@ -20,7 +21,9 @@ Norms = Sequence[nn.BatchNorm2d | None]
 
 
 class Affine(NamedTuple):
-    """One affine stage over all rates: scale and shift [R·C], and eps where the batch's moments come first."""
+    """One affine stage over all rates: scale and shift [R·C], and eps where the batch's moments
+    come first.
+    """
 
     scale: Tensor | None
     shift: Tensor | None
@@ -36,11 +39,16 @@ def affine(norms: Norms) -> Affine:
     stages = [_affine(norm) for norm in norms]
     if len(stages) == 1:
         return stages[0]
-    return Affine(_concatenated([s.scale for s in stages]), _concatenated([s.shift for s in stages]), stages[0].eps)
+    return Affine(
+        _concatenated([s.scale for s in stages]),
+        _concatenated([s.shift for s in stages]),
+        stages[0].eps,
+    )
 
 
 def track(norms: Norms, mean: Tensor, var: Tensor, shape: Sequence[int]) -> None:
-    """Moves the running statistics by the batch's moments (mean and biased var, [R·C]), as torch's own layer does in training.
+    """Moves the running statistics by the batch's moments (mean and biased var, [R·C]), as torch's
+    own layer does in training.
 
     shape: [B, ..., H', W'] of the normalised map.
     """
@@ -48,10 +56,13 @@ def track(norms: Norms, mean: Tensor, var: Tensor, shape: Sequence[int]) -> None
     channels = mean.shape[0] // len(norms)
     if count == 1:
         size = torch.Size([shape[0], channels, *shape[-2:]])
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {size}"
+        )
+    var = var * (count / (count - 1))  # unbiased
     for norm, m, v in zip(norms, mean.split(channels), var.split(channels), strict=True):
         if norm is not None:
-            _track(norm, m, v * (count / (count - 1)))
+            _track(norm, m, v)
 
 
 def _affine(norm: nn.BatchNorm2d | None) -> Affine:
@@ -82,7 +93,7 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
             assert norm.num_batches_tracked is not None
             running.add_((moment - running) / norm.num_batches_tracked)
         else:
-            running.mul_(1 - norm.momentum).add_(moment, alpha=norm.momentum)
+            running.lerp_(moment, norm.momentum)
 
 
 def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:

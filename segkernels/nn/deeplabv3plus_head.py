@@ -13,14 +13,19 @@ from segkernels.nn.separable_conv2d import Activation, Norm, SeparableConv2d, Si
 
 
 class DeepLabV3PlusHead(nn.Module):
-    """ASPP on the deep features, upsampled to the low-level ones, concatenated with their projection, refined, classified.
+    """ASPP on the deep features, upsampled to the low-level ones, concatenated with their
+    projection, refined, classified.
 
-    in_channels, low_level_channels: of the deep and the low-level (stride 4) features. num_classes: K. channels: of ASPP and decoder. low_level_width: of the
-    low-level projection. rates, separable, dropout, norm, activation, backend: as :class:`ASPP`. refinements: number of 3x3 (separable) convolutions.
+    in_channels, low_level_channels: of the deep and the low-level (stride 4) features. num_classes:
+    K. channels: of ASPP and decoder. low_level_width: of the low-level projection. rates,
+    separable, dropout, norm, activation, backend: as :class:`ASPP`. refinements: number of 3x3
+    (separable) convolutions.
 
-    ``forward(low_level, features)``: [B, C₁, H₁, W₁], [B, C, H, W] to logits [B, K, H₁, W₁]. Children: ``aspp``, ``project``, ``refine``, ``classify``.
+    ``forward(low_level, features)``: [B, C₁, H₁, W₁], [B, C, H, W] to logits [B, K, H₁, W₁].
+    Children: ``aspp``, ``project``, ``refine``, ``classify``.
 
-    Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, section 3.2 and figure 2.
+    Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, section 3.2
+    and figure 2.
     """
 
     def __init__(
@@ -52,7 +57,9 @@ class DeepLabV3PlusHead(nn.Module):
             activation=activation,
             backend=backend,
         )
-        self.project = conv_norm_activation(low_level_channels, low_level_width, 1, norm=norm, activation=activation)
+        self.project = conv_norm_activation(
+            low_level_channels, low_level_width, 1, norm=norm, activation=activation
+        )
 
         def refinement(width: int) -> nn.Module:
             if not separable:
@@ -73,5 +80,9 @@ class DeepLabV3PlusHead(nn.Module):
 
     def forward(self, low_level: Tensor, features: Tensor) -> Tensor:
         context = self.aspp(features)  # [B, D, H, W]
-        context = F.interpolate(context, low_level.shape[-2:], mode="bilinear", align_corners=self.align_corners)
-        return self.classify(self.refine(torch.cat([context, self.project(low_level)], 1)))  # [B, K, H₁, W₁]
+        context = F.interpolate(
+            context, low_level.shape[-2:], mode="bilinear", align_corners=self.align_corners
+        )
+        return self.classify(
+            self.refine(torch.cat([context, self.project(low_level)], 1))
+        )  # [B, K, H₁, W₁]

@@ -1,7 +1,9 @@
-"""Cuts the committed choice of golden cases out of the full folder: ``python -m tests.compat.choose``.
+"""Cuts the committed choice of golden cases out of the full folder: ``python -m
+tests.compat.choose``.
 
-For every class that segkernels.compat has: its smallest case, in train mode where there is one, and the state_dict schemas. float64 results are rounded to
-float32 and the files compressed, so that every class of every family fits into 3 MB.
+For every class that segkernels.compat has: its smallest case, in train mode where there is one, and
+the state_dict schemas. float64 results are rounded to float32 and the files compressed, so that
+every class of every family fits into 3 MB.
 """
 
 from __future__ import annotations
@@ -43,11 +45,20 @@ def main() -> None:
         rounded = {key: t.float() if t.dtype == torch.float64 else t for key, t in tensors.items()}
         (COMMITTED / case["file"]).write_bytes(lzma.compress(save(rounded), preset=9))
         cases[name] = case
-    schemas = {name: s for name, s in full["state_dict_schemas"].items() if our_class(s) is not None}
-    short = {"conventions": full["conventions"], "produced_with": full["produced_with"], "cases": cases, "state_dict_schemas": schemas}
+    schemas = {
+        name: s for name, s in full["state_dict_schemas"].items() if our_class(s) is not None
+    }
+    short = {
+        "conventions": full["conventions"],
+        "produced_with": full["produced_with"],
+        "cases": cases,
+        "state_dict_schemas": schemas,
+    }
     (COMMITTED / "manifest.json").write_text(json.dumps(short, indent=0) + "\n")
     size = sum(path.stat().st_size for path in COMMITTED.iterdir())
-    print(f"{len(cases)} cases, {len(schemas)} schemas, {size / 1e6:.2f} MB of {LIMIT / 1e6:.0f} MB")
+    print(
+        f"{len(cases)} cases, {len(schemas)} schemas, {size / 1e6:.2f} MB of {LIMIT / 1e6:.0f} MB"
+    )
     assert size <= LIMIT
 
 

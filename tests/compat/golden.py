@@ -1,7 +1,9 @@
-"""Golden cases: numbers that published implementations produced, and the way from a case to our class.
+"""Golden cases: numbers that published implementations produced, and the way from a case to our
+class.
 
-Two folders hold them, in one format (``README.md`` there): the choice committed under ``tests/golden`` (every class once; float64 results rounded to float32, files
-compressed) and, where it exists, the full folder beside the checkout.
+Two folders hold them, in one format (``README.md`` there): the choice committed under
+``tests/golden`` (every class once; float64 results rounded to float32, files compressed) and, where
+it exists, the full folder beside the checkout.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "tests" / "golden"
 FULL = ROOT.parent / "shared" / "golden"
 
-# The published repository of a case names the module of segkernels.compat; class and arguments are the published ones.
+# The published repository of a case names the module of segkernels.compat; class and arguments
+# are the published ones.
 PACKAGES = {
     "AlexHex7/Non-local_pytorch": "nonlocal_pytorch",
     "CSAILVision/semantic-segmentation-pytorch": "mit_semseg",
@@ -52,19 +55,25 @@ CONVERTED = "convert_to_separable_conv"
 
 def manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {"cases": {}, "state_dict_schemas": {}}
+    return (
+        json.loads(path.read_text()) if path.exists() else {"cases": {}, "state_dict_schemas": {}}
+    )
 
 
 def our_class(case: dict[str, Any]) -> Any | None:
     """The class of segkernels.compat for a case (or schema), or None where there is none yet.
 
-    ``package.module.Class`` is ``compat.<package>.Class``, or ``compat.<package>.module.Class`` where a package has several of that name.
+    ``package.module.Class`` is ``compat.<package>.Class``, or ``compat.<package>.module.Class``
+    where a package has several of that name.
     """
     name = case["class"].removesuffix(")").split("(")[-1].rsplit(".", 2)
     package = PACKAGES.get(case["repository"])
     if package is None or "{" in case["class"]:
         return None
-    for path in (f"segkernels.compat.{package}", f"segkernels.compat.{package}.{name[-2] if len(name) > 1 else ''}"):
+    for path in (
+        f"segkernels.compat.{package}",
+        f"segkernels.compat.{package}.{name[-2] if len(name) > 1 else ''}",
+    ):
         try:
             found = getattr(importlib.import_module(path), name[-1], None)
         except ImportError:
@@ -88,7 +97,9 @@ def construct(case: dict[str, Any], **options: Any) -> nn.Module:
 
 
 def narrow(module: nn.Module, shapes: dict[str, torch.Size]) -> None:
-    """Replaces convolutions and norms whose parameters have other sizes in the file (``modified`` cases) by ones of the same kind."""
+    """Replaces convolutions and norms whose parameters have other sizes in the file (``modified``
+    cases) by ones of the same kind.
+    """
     for name, part in list(module.named_modules()):
         shape = shapes.get(f"{name}.weight")
         if shape is None or shape == part.weight.shape:
@@ -98,7 +109,9 @@ def narrow(module: nn.Module, shapes: dict[str, torch.Size]) -> None:
             if isinstance(part, nn.Conv2d):
                 groups = shape[0] if part.groups > 1 else 1
                 where = (part.kernel_size, part.stride, part.padding, part.dilation)
-                new: nn.Module = nn.Conv2d(shape[1] * groups, shape[0], *where, groups, part.bias is not None)
+                new: nn.Module = nn.Conv2d(
+                    shape[1] * groups, shape[0], *where, groups, part.bias is not None
+                )
             else:
                 assert isinstance(part, nn.BatchNorm2d), part
                 new = nn.BatchNorm2d(shape[0], part.eps, part.momentum)
@@ -113,10 +126,18 @@ def load_tensors(folder: Path, case: dict[str, Any]) -> dict[str, Tensor]:
 def state(case: dict[str, Any], tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """The complete state_dict of a case, from the file or from the formula."""
     if case["weights"]["kind"] == "stored":
-        return {key.split(".", 1)[1]: t for key, t in tensors.items() if key.startswith(("param.", "buffer."))}
-    shapes = {key: (tuple(t.shape), t.dtype.is_floating_point) for key, t in module.state_dict().items()}
+        return {
+            key.split(".", 1)[1]: t
+            for key, t in tensors.items()
+            if key.startswith(("param.", "buffer."))
+        }
+    shapes = {
+        key: (tuple(t.shape), t.dtype.is_floating_point) for key, t in module.state_dict().items()
+    }
     return {
-        key: _formula(key, shape, case["weights"]["seed"]) if floating else torch.zeros(shape, dtype=torch.long)
+        key: _formula(key, shape, case["weights"]["seed"])
+        if floating
+        else torch.zeros(shape, dtype=torch.long)
         for key, (shape, floating) in shapes.items()
     }
 

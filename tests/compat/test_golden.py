@@ -1,4 +1,6 @@
-"""Every golden case through its class in segkernels.compat: strict state_dict, outputs, gradients, buffers after a step."""
+"""Every golden case through its class in segkernels.compat: strict state_dict, outputs, gradients,
+buffers after a step.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,24 @@ import torch
 from torch import Tensor, nn
 
 import segkernels
-from tests.compat.golden import COMMITTED, FULL, construct, load_tensors, manifest, narrow, our_class, state
+from tests.compat.golden import (
+    COMMITTED,
+    FULL,
+    construct,
+    load_tensors,
+    manifest,
+    narrow,
+    our_class,
+    state,
+)
 
-# (outputs and buffers, gradients) per run, as the golden README suggests; relative to the largest element of each tensor.
-TOLERANCES = {"float64": (1e-10, 1e-9), "float64 stored as float32": (1e-6, 1e-6), "float32": (1e-5, 2e-5)}
+# (outputs and buffers, gradients) per run, as the golden README suggests; relative to the largest
+# element of each tensor.
+TOLERANCES = {
+    "float64": (1e-10, 1e-9),
+    "float64 stored as float32": (1e-6, 1e-6),
+    "float32": (1e-5, 2e-5),
+}
 
 
 def _cases() -> list[Any]:
@@ -23,7 +39,11 @@ def _cases() -> list[Any]:
     for folder in (FULL, COMMITTED):
         for name, case in manifest(folder)["cases"].items():
             if case["mode"] != "none" and our_class(case) is not None:
-                found.append(pytest.param(folder, case, id=f"{'full' if folder == FULL else 'committed'}-{name}"))
+                found.append(
+                    pytest.param(
+                        folder, case, id=f"{'full' if folder == FULL else 'committed'}-{name}"
+                    )
+                )
     return found
 
 
@@ -54,7 +74,11 @@ def test_case(folder: Path, case: dict[str, Any], dtype: torch.dtype, backend: s
     module = _module(case, tensors, dtype, backend)
     inputs = [_input(case, name, tensors[name], dtype) for name in _numbered(tensors, "input")]
     outputs = _flat(_call(case["call"], module, inputs))
-    cotangents = {i: tensors[f"cotangent.{i}"].to(dtype) for i in range(len(outputs)) if f"cotangent.{i}" in tensors}
+    cotangents = {
+        i: tensors[f"cotangent.{i}"].to(dtype)
+        for i in range(len(outputs))
+        if f"cotangent.{i}" in tensors
+    }
     torch.autograd.backward([outputs[i] for i in cotangents], list(cotangents.values()))
 
     got = {f"output.{i}": out.detach() for i, out in enumerate(outputs)}
@@ -66,7 +90,9 @@ def test_case(folder: Path, case: dict[str, Any], dtype: torch.dtype, backend: s
     _compare(case, tensors, got, dtype)
 
 
-def _module(case: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, backend: str) -> nn.Module:
+def _module(
+    case: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, backend: str
+) -> nn.Module:
     module = construct(case, backend=backend)
     if "modified" in case:
         narrow(module, {key[6:]: t.shape for key, t in tensors.items() if key.startswith("param.")})
@@ -79,16 +105,38 @@ def _module(case: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
     return module.train(case["mode"] == "train")
 
 
-def _compare(case: dict[str, Any], expected: dict[str, Tensor], got: dict[str, Tensor | None], dtype: torch.dtype) -> None:
-    rounded = any(t.dtype == torch.float32 for name, t in expected.items() if name.startswith("output."))
-    run = "float32" if dtype == torch.float32 else "float64 stored as float32" if rounded else "float64"
-    gradients = [t for name, t in expected.items() if name.startswith("grad_") and "_norm." not in name]
+def _compare(
+    case: dict[str, Any],
+    expected: dict[str, Tensor],
+    got: dict[str, Tensor | None],
+    dtype: torch.dtype,
+) -> None:
+    rounded = any(
+        t.dtype == torch.float32 for name, t in expected.items() if name.startswith("output.")
+    )
+    run = (
+        "float32"
+        if dtype == torch.float32
+        else "float64 stored as float32"
+        if rounded
+        else "float64"
+    )
+    gradients = [
+        t for name, t in expected.items() if name.startswith("grad_") and "_norm." not in name
+    ]
     largest_gradient = max((t.abs().max().item() for t in gradients), default=0.0)
     cancelled = set(case.get("zero_up_to_rounding", []))
     checked = 0
     for name, reference in expected.items():
         kind, _, key = name.partition(".")
-        if kind not in ("output", "grad_input", "grad_param", "buffer_after", "grad_param_sample", "grad_param_norm"):
+        if kind not in (
+            "output",
+            "grad_input",
+            "grad_param",
+            "buffer_after",
+            "grad_param_sample",
+            "grad_param_norm",
+        ):
             continue
         value = got.get(f"grad_param.{key}" if kind.startswith("grad_param") else name)
         assert value is not None, f"{name}: no value"
@@ -100,13 +148,17 @@ def _compare(case: dict[str, Any], expected: dict[str, Tensor], got: dict[str, T
         tolerance = TOLERANCES[run][kind.startswith("grad")]
         if run == "float32":
             errors = case["reference_fp32_error"]
-            tolerance = max(tolerance, 10 * errors["grad_param" if kind.startswith("grad_param") else kind])
+            tolerance = max(
+                tolerance, 10 * errors["grad_param" if kind.startswith("grad_param") else kind]
+            )
         reference = reference.double()
         scale = reference.abs().max().item()
         if name in cancelled or f"grad_param.{key}" in cancelled or scale == 0:
             scale = largest_gradient
         error = (value - reference).abs().max().item()
-        assert error <= tolerance * scale, f"{name}: error {error:.2e}, allowed {tolerance:.0e} of {scale:.2e}"
+        assert error <= tolerance * scale, (
+            f"{name}: error {error:.2e}, allowed {tolerance:.0e} of {scale:.2e}"
+        )
         checked += 1
     assert checked > 0
 
@@ -118,12 +170,19 @@ def _input(case: dict[str, Any], name: str, value: Tensor, dtype: torch.dtype) -
 
 
 def _numbered(tensors: dict[str, Tensor], kind: str) -> list[str]:
-    return sorted((name for name in tensors if name.startswith(f"{kind}.")), key=lambda name: int(name.split(".")[1]))
+    return sorted(
+        (name for name in tensors if name.startswith(f"{kind}.")),
+        key=lambda name: int(name.split(".")[1]),
+    )
 
 
 def _call(text: str, module: nn.Module, inputs: list[Tensor]) -> Any:
     """``call`` of the manifest, such as ``module([input.0, ..., input.5])``."""
-    text = re.sub(r"input\.(\d+), \.\.\., input\.(\d+)", lambda m: ", ".join(f"input.{i}" for i in range(int(m[1]), int(m[2]) + 1)), text)
+    text = re.sub(
+        r"input\.(\d+), \.\.\., input\.(\d+)",
+        lambda m: ", ".join(f"input.{i}" for i in range(int(m[1]), int(m[2]) + 1)),
+        text,
+    )
     text = re.sub(r"input\.(\d+)", r"inputs[\1]", text)
     return eval(text, {"__builtins__": {}}, {"module": module, "inputs": inputs})
 
@@ -150,5 +209,7 @@ def test_state_dict_of_the_full_size_class(schema: dict[str, Any]) -> None:
         for key, t in module.state_dict().items()
     }
     excluded = schema.get("excluded_prefix")
-    assert {key: text for key, text in got.items() if not excluded or not key.startswith(excluded)} == schema["state_dict"]
+    assert {
+        key: text for key, text in got.items() if not excluded or not key.startswith(excluded)
+    } == schema["state_dict"]
     assert sum(p.numel() for p in parameters.values()) == schema["parameters"]

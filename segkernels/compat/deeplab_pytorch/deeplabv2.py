@@ -13,7 +13,9 @@ from torch import Tensor, nn
 class _ASPP(nn.Module):
     """Sum of 3x3 atrous classifiers: [B, in_ch, H, W] to [B, out_ch, H, W]. Keys ``c{i}``."""
 
-    def __init__(self, in_ch: int, out_ch: int, rates: Sequence[int], *, backend: str | None = None) -> None:
+    def __init__(
+        self, in_ch: int, out_ch: int, rates: Sequence[int], *, backend: str | None = None
+    ) -> None:
         super().__init__()
         self.backend = backend
         for i, rate in enumerate(rates):

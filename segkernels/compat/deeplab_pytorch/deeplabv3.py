@@ -1,6 +1,7 @@
 """libs.models.deeplabv3: ``_ASPP``.
 
-Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017, section 3.3.
+Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017, section
+3.3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from segkernels.nn.chain import run
 
 
 class _ConvBnReLU(nn.Sequential):
-    def __init__(self, in_ch: int, out_ch: int, kernel_size: int, padding: int, dilation: int) -> None:
+    def __init__(
+        self, in_ch: int, out_ch: int, kernel_size: int, padding: int, dilation: int
+    ) -> None:
         conv = nn.Conv2d(in_ch, out_ch, kernel_size, padding=padding, dilation=dilation, bias=False)
         norm = nn.BatchNorm2d(out_ch, momentum=1e-3)
         super().__init__(OrderedDict(conv=conv, bn=norm, relu=nn.ReLU()))
@@ -37,9 +40,13 @@ class _ImagePool(nn.Module):
 
 
 class _ASPP(nn.Module):
-    """Concatenation only: [B, in_ch, H, W] to [B, (rates + 2)·out_ch, H, W]. Keys ``stages.c{i}``, ``stages.imagepool``."""
+    """Concatenation only: [B, in_ch, H, W] to [B, (rates + 2)·out_ch, H, W]. Keys ``stages.c{i}``,
+    ``stages.imagepool``.
+    """
 
-    def __init__(self, in_ch: int, out_ch: int, rates: Sequence[int], *, backend: str | None = None) -> None:
+    def __init__(
+        self, in_ch: int, out_ch: int, rates: Sequence[int], *, backend: str | None = None
+    ) -> None:
         super().__init__()
         self.backend = backend
         self.stages = nn.Module()
