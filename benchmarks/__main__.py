@@ -18,17 +18,15 @@ from benchmarks.environment import environment
 from benchmarks.goals import EVERY, GOALS, Goal, judge
 from benchmarks.measure import Row, Settings, empty, measure
 from benchmarks.work import DTYPES, LAYOUTS, MODES, Work, cases, operators, usable_backends
+from segkernels.progress import Progress
 
 QUICK_SECONDS = 50  # when --quick stops taking up rows
 QUICK_CASES = ["c256_65_r1", "c256_65_r12", "c256_65_r12_train", "c2048_33_r12", "c304_129_r1"]
 Plan = list[tuple[Work, tuple[str, ...]]]
 
 
-def main(argv: Sequence[str] | None = None, checks: dict[str, str] | None = None) -> int:
-    """0: measured; 1: wrong or failed rows, missed goals, regressions; 2: usage; 130: Ctrl-C.
-
-    `checks` (name -> outcome) is what was tested before and belongs into the report.
-    """
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: measured; 1: wrong or failed rows, missed goals, regressions; 2: usage; 130: Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["compare"]:
         parsed = _compare_parser().parse_args(arguments[1:])
@@ -43,7 +41,7 @@ def main(argv: Sequence[str] | None = None, checks: dict[str, str] | None = None
     if options.list:
         print("\n".join(f"{work.names}: {', '.join(modes)}" for work, modes in plan))
         return 0
-    block = environment(options.device, torch.get_num_threads()) | (checks or {})
+    block = environment(options.device, torch.get_num_threads())
     if block["load"] > 1:
         print(
             f"note: the machine is busy (load {block['load']}), times will scatter", file=sys.stderr
@@ -184,12 +182,15 @@ def _run(plan: Plan, settings: Settings, limit: float | None) -> tuple[list[Row]
     planned = sum(len(modes) for _, modes in plan)
     start = time.monotonic()
     try:
-        for work, modes in report.progress(plan, lambda item: item[0].names):
-            for row in _rows(work, modes, settings):
+        with Progress("benchmarks", planned) as progress:
+            every = (row for work, modes in plan for row in _rows(work, modes, settings))
+            for row in every:
                 rows.append(row)
+                progress.advance(note=f"{row.op} {row.case} {row.dtype} {row.layout}")
                 if limit is not None and time.monotonic() - start > limit:
-                    print(f"time limit: {len(rows)} of {planned} rows measured", file=sys.stderr)
-                    return rows, True
+                    break
+        if len(rows) < planned:
+            print(f"time limit: {len(rows)} of {planned} rows measured", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted: the report has what was measured", file=sys.stderr)
         return rows, False

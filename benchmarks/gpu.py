@@ -1,114 +1,185 @@
-"""make gpu: build, test and measure on a machine with a GPU, in at most nine minutes.
+"""`make gpu`: build, test and measure on a machine with a GPU, in one command and a fixed time.
 
-No network and no virtual environment are needed: what is measured is the torch of the Python that
-runs this file. Tests come before timings and what matters most comes first; at the end of the time
-there is a report of what there is: <out>/<gpu>/<date>.json and .md.
+Uses the Python that runs it and fetches nothing. What matters most comes first, so that a run that
+is stopped (by its budget or by Ctrl-C) has it: the native build, the contract of every operator on
+the GPU, the other GPU tests, compute-sanitizer on a few of them, the benchmarks. Writes
+`<out>/<gpu>/<date>.json` and `.md`: the benchmarks' report with the outcome of each stage.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks import __main__ as benchmarks
+from benchmarks.environment import environment, machine
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZED = "test_every_element_is_written and odd_channels"  # a short list of tiny cases
-REPORT_SECONDS = 15.0  # kept back for a row that is under way and for writing
+BUDGET = 520.0  # seconds: below nine minutes with the start of Python and the writing
+FOR_BENCHMARKS = 150.0  # what the tests leave to the benchmarks
+SHORT_LIST = "tiny and float32"  # of the contract, for compute-sanitizer: it slows a kernel 50-fold
 
 
 @dataclass(frozen=True)
-class Step:
-    """A command and the share of the time that is left which it may take."""
+class Stage:
+    """One command, the most seconds it may take, and the file in which pytest tells of it."""
 
     name: str
     command: tuple[str, ...]
-    share: float
-    needed: bool = False  # without it the rest is pointless
+    seconds: float
+    junit: Path | None = None
 
 
-def steps() -> list[Step]:
-    """Build, contract, and the sanitizers where they are installed."""
-    python = (sys.executable, "-m")
-    plan = [Step("build", (*python, "segkernels", "build"), 0.4, needed=True)]
-    if importlib.util.find_spec("pytest") is None:
-        plan.append(Step("self-test (no pytest here)", (*python, "segkernels", "doctor"), 0.2))
-        return plan
-    options = ("-q", "-p", "no:cacheprovider", "-m", "not compile", "--device", "cuda")
-    contract = (*python, "pytest", "tests/test_contract.py", *options)
-    plan.append(Step("contract", contract, 0.5))
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is not None:
-        plan += [
-            Step(tool, (sanitizer, "--tool", tool, *contract, "-k", SANITIZED), 0.15)
-            for tool in ("memcheck", "racecheck")
-        ]
-    return plan
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage: passed, failed, out of time, interrupted or left out."""
+
+    name: str
+    status: str
+    seconds: float
+    detail: str = ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: built, tested and measured; 1: something failed (the report says what)."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default 9)")
+def main(arguments: list[str] | None = None) -> int:
+    """0: everything passed; 1: something failed or was left out; 130: interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description="Build, test and measure on a machine with a GPU."
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args(argv)
-    end = time.monotonic() + 60 * options.minutes - REPORT_SECONDS
-    checks: dict[str, str] = {}
-    for step in steps():
-        checks[step.name] = outcome = run(step, max(end - time.monotonic(), 0.0) * step.share)
-        print(f"== {step.name}: {outcome}", flush=True)
-        if step.needed and outcome != "passed":
-            return 1
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, help="seconds (default %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.budget
+    outcomes = [run(build_stage(), deadline)]
     if not torch.cuda.is_available():
-        print("== no CUDA device here: the libraries are built, nothing on a GPU was run")
+        print("error: torch sees no CUDA device, and all that follows needs one", file=sys.stderr)
         return 1
-    left = max(end - time.monotonic(), 1.0)
-    arguments = ["--device", "cuda", "--limit", f"{left:.0f}", "--out", str(options.out)]
-    status = benchmarks.main(arguments, checks)
-    failed = [name for name, outcome in checks.items() if outcome != "passed"]
-    return int(status != 0 or bool(failed))
+    with TemporaryDirectory() as folder:
+        for stage in stages(Path(folder), options.out, deadline):
+            if outcomes[-1].status == "interrupted":
+                break
+            outcomes.append(run(stage, deadline))
+    numbers, text = write(options.out, outcomes)
+    print(
+        "\n"
+        + "\n".join(f"{o.name:<22}{o.status:<14}{o.seconds:5.0f} s  {o.detail}" for o in outcomes)
+    )
+    print(f"\nwrote {numbers}\n      {text}")
+    if outcomes[-1].status == "interrupted":
+        return 130
+    return int(any(outcome.status not in ("passed", "left out") for outcome in outcomes))
 
 
-def run(step: Step, seconds: float) -> str:
-    """Run one step within its time: "passed", "failed (status)" or "stopped after ... s"."""
-    print(f"== {step.name}: {' '.join(step.command)}  (at most {seconds:.0f} s)", flush=True)
-    start = time.monotonic()
-    environment = os.environ | {"MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count()))}
-    if "SEGKERNELS_CUDA_ARCHS" not in environment and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        environment["SEGKERNELS_CUDA_ARCHS"] = f"{major}.{minor}" + "a" * (major == 9)
-    process = subprocess.Popen(step.command, cwd=ROOT, env=environment, start_new_session=True)
+def build_stage() -> Stage:
+    return Stage("build", (sys.executable, "-m", "segkernels", "build", "cuda"), 240)
+
+
+def stages(folder: Path, out: Path, deadline: float) -> Iterator[Stage]:
+    """After the build; each is made when its turn comes, for the time that is then left."""
+
+    def tests(name: str, *arguments: str, share: float = 1, tool: tuple[str, ...] = ()) -> Stage:
+        junit = folder / f"{name.replace(' ', '-')}.xml"
+        pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}")
+        command = (*tool, sys.executable, *pytest, *arguments)
+        left = deadline - time.monotonic() - FOR_BENCHMARKS
+        return Stage(name, command, share * left, junit)
+
+    contract = "tests/test_contract.py"
+    yield tests("contract", contract, "--device=cuda")
+    yield tests("gpu tests", "-m", "gpu", "--device=cuda", f"--ignore={contract}")
+    if sanitizer := shutil.which("compute-sanitizer"):
+        for check in ("memcheck", "racecheck"):
+            tool = (sanitizer, f"--tool={check}", "--error-exitcode=9")
+            pick = (contract, "--device=cuda", "-k", SHORT_LIST)
+            yield tests(check, *pick, share=0.4, tool=tool)
+    benchmarks = ("-m", "benchmarks", "--device=cuda", f"--out={out}")
+    left = deadline - time.monotonic() - 15
+    yield Stage("benchmarks", (sys.executable, *benchmarks, f"--limit={left - 20:.0f}"), left)
+
+
+def run(stage: Stage, deadline: float) -> Outcome:
+    """Run a stage in its time, its output passing through; an interrupted one may still finish."""
+    seconds = min(stage.seconds, deadline - time.monotonic())
+    print(f"\n== {stage.name} (at most {max(0, seconds):.0f} s)", flush=True)
+    if seconds < 5:
+        return Outcome(stage.name, "left out", 0.0, "no time left")
+    started = time.monotonic()
+    process = subprocess.Popen(
+        stage.command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
-        status = process.wait(seconds)
+        code = process.wait(seconds)
+        status = "passed" if code == 0 else "failed"
     except subprocess.TimeoutExpired:
-        _stop(process)
-        return f"stopped after {time.monotonic() - start:.0f} s"
+        status = "out of time"
     except KeyboardInterrupt:
-        _stop(process)
-        raise
-    return "passed" if status == 0 else f"failed (status {status})"
+        status = "interrupted"
+    if process.returncode is None:
+        stop(process)
+    return Outcome(stage.name, status, time.monotonic() - started, detail(stage))
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt, so that pytest prints what it has; then kill what has not ended."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        os.killpg(process.pid, number)
-        try:
-            process.wait(8)
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C to the stage and all it started; what has not ended ten seconds later is killed."""
+    for signal_, seconds in ((signal.SIGINT, 10.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal_)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
             return
-        except subprocess.TimeoutExpired:
-            continue
+
+
+def detail(stage: Stage) -> str:
+    """The numbers of tests, and the first failures by name."""
+    if stage.junit is None or not stage.junit.exists():
+        return ""
+    cases = list(ElementTree.parse(stage.junit).iter("testcase"))
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    failed = [
+        case.get("name", "")
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    names = f": {', '.join(failed[:5])}" if failed else ""
+    passed = len(cases) - skipped - len(failed)
+    return f"{passed} passed, {skipped} skipped, {len(failed)} failed{names}"
+
+
+def write(out: Path, outcomes: list[Outcome]) -> tuple[Path, Path]:
+    """Add the stages to the benchmarks' report of today, or write one that has nothing else."""
+    stem = datetime.now(timezone.utc).date().isoformat()
+    folder = out / machine("cuda")
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers, text = folder / f"{stem}.json", folder / f"{stem}.md"
+    measured = any(o.name == "benchmarks" for o in outcomes) and numbers.exists()
+    content = json.loads(numbers.read_text()) if measured else {}
+    content.setdefault("environment", environment("cuda", torch.get_num_threads()))
+    content["stages"] = [asdict(outcome) for outcome in outcomes]
+    numbers.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = "".join(f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.detail} |\n" for o in outcomes)
+    table = f"\n## Stages of `make gpu`\n\n| stage | outcome | s | |\n|---|---|---|---|\n{rows}"
+    before = text.read_text(encoding="utf-8") if measured else f"# {machine('cuda')}, {stem}\n"
+    text.write_text(before + table, encoding="utf-8")
+    return numbers, text
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import torch
 
 import segkernels
 from benchmarks import __main__ as command
-from benchmarks import baselines, compare, gpu, report
+from benchmarks import baselines, compare, report
 from benchmarks.goals import EVERY, GOALS, Goal, judge
 from benchmarks.measure import COPY, Row, Settings, measure
 from benchmarks.work import DTYPES, EAGER, LAYOUTS, MODES, OURS, Work, cases, operators
@@ -348,37 +347,3 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path):
     arguments = ["--backend", "reference", "--device", "cpu", "--threads", "1"]
     assert command.main([*arguments, "--out", str(tmp_path)]) == 130
     assert len(report.read(next(tmp_path.glob("*/*.json")))[1]) == 1
-
-
-# ---- make gpu ------------------------------------------------------------------------------------
-
-
-def test_a_step_that_takes_too_long_is_stopped():
-    python = (sys.executable, "-c")
-    assert gpu.run(gpu.Step("good", (*python, "pass"), 1.0), 60.0) == "passed"
-    assert (
-        gpu.run(gpu.Step("bad", (*python, "raise SystemExit(3)"), 1.0), 60.0) == "failed (status 3)"
-    )
-    endless = gpu.Step("endless", (*python, "import time; time.sleep(600)"), 1.0)
-    assert gpu.run(endless, 1.0).startswith("stopped after")
-
-
-def test_gpu_builds_tests_and_measures_in_this_order(monkeypatch, tmp_path):
-    done = []
-    monkeypatch.setattr(gpu, "run", lambda step, seconds: done.append(step.name) or "passed")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        gpu.benchmarks, "main", lambda argv, checks: done.append((argv, checks)) or 0
-    )
-    assert gpu.main(["--out", str(tmp_path)]) == 0
-    assert done[:2] == ["build", "contract"]
-    argv, checks = done[-1]
-    assert argv[:2] == ["--device", "cuda"] and 0 < float(argv[3]) < 540
-    assert checks["contract"] == "passed"
-
-
-def test_without_a_device_gpu_builds_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "run", lambda step, seconds: "passed")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 1
-    assert "no CUDA device" in capsys.readouterr().out
