@@ -16,6 +16,7 @@ import torch
 from benchmarks import compare, report
 from benchmarks.environment import environment
 from benchmarks.goals import EVERY, GOALS, Goal, judge
+from benchmarks.layers import STEP, SeparableStep
 from benchmarks.measure import Row, Settings, empty, measure
 from benchmarks.work import DTYPES, LAYOUTS, MODES, Work, cases, operators, usable_backends
 from segkernels.progress import Progress
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, choices in (
         ("dtype", list(DTYPES)),
         ("layout", list(LAYOUTS)),
-        ("mode", list(MODES)),
+        ("mode", [*MODES, STEP]),
     ):
         parser.add_argument(f"--{name}", action="append", choices=choices, help="repeatable")
     parser.add_argument("--op", action="append", choices=operators(), help="repeatable")
@@ -139,26 +140,28 @@ def _plan(options: argparse.Namespace) -> Plan:
     dtypes = options.dtype or (["float32"] if options.quick else ["float32", "bfloat16"])
     layouts = options.layout or (["channels_last"] if options.quick else list(LAYOUTS))
     patterns = options.case or (QUICK_CASES if options.quick else ["*"])
-    modes = tuple(options.mode or MODES)
-    works = []
+    wanted = options.mode or [*MODES, STEP]
+    works: list[tuple[int, Work]] = []
     for op in options.op or operators():
         backends = options.backend or _backends(op, options.device)
         chosen = [c for c in cases(op) if any(fnmatchcase(c.name, p) for p in patterns)]
         kinds = itertools.product(chosen, dtypes, layouts, backends)
-        works += [
-            (place, Work(op, case, dtype, layout, backend, options.device))
-            for place, (case, dtype, layout, backend) in enumerate(kinds)
-        ]
-    works.sort(key=lambda item: (_rank(item[1], modes), item[0]))
+        for place, (case, dtype, layout, backend) in enumerate(kinds):
+            what = (op, case, dtype, layout, backend, options.device)
+            works.append((place, Work(*what)))
+            if SeparableStep.fits(op, case):
+                works.append((place, SeparableStep(*what)))
+    works.sort(key=lambda item: (_rank(item[1]), item[0]))
+    modes = [tuple(m for m in work.modes if m in wanted) for _, work in works]
+    plan = [(work, some) for (_, work), some in zip(works, modes, strict=True)]
     if options.goals:
-        modes_of = ((work, _goal_modes(work, modes)) for _, work in works)
-        return [(work, with_goals) for work, with_goals in modes_of if with_goals]
-    return [(work, modes) for _, work in works]
+        plan = [(work, _with_goals(work, some)) for work, some in plan]
+    return [(work, some) for work, some in plan if some]
 
 
-def _rank(work: Work, modes: tuple[str, ...]) -> int:
+def _rank(work: Work) -> int:
     """0 with a goal of its own, 1 with one for many rows, 2 without."""
-    covering = [g.case for g in GOALS for m in modes if g.covers(*work.key, m, work.device)]
+    covering = [g.case for g in GOALS for m in work.modes if g.covers(*work.key, m, work.device)]
     return 2 if not covering else int(all(case == EVERY for case in covering))
 
 
@@ -167,9 +170,8 @@ def _backends(op: str, device: str) -> list[str]:
     return usable_backends(op, first.arguments())
 
 
-def _goal_modes(work: Work, modes: tuple[str, ...]) -> tuple[str, ...]:
-    covered = (m for m in modes if any(g.covers(*work.key, m, work.device) for g in GOALS))
-    return tuple(covered)
+def _with_goals(work: Work, modes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(m for m in modes if any(g.covers(*work.key, m, work.device) for g in GOALS))
 
 
 def _goals(options: argparse.Namespace) -> list[Goal]:

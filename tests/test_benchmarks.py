@@ -13,6 +13,7 @@ import segkernels
 from benchmarks import __main__ as command
 from benchmarks import baselines, compare, report
 from benchmarks.goals import EVERY, GOALS, Goal, judge
+from benchmarks.layers import SeparableStep
 from benchmarks.measure import COPY, Row, Settings, measure
 from benchmarks.work import DTYPES, EAGER, LAYOUTS, MODES, OURS, Work, cases, operators
 from segkernels import tolerance
@@ -184,11 +185,11 @@ def test_copy_moves_the_bytes_it_is_asked_for():
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def toy(op="depthwise_conv2d", **changes):
+def toy(op="depthwise_conv2d", eps=None, **changes):
     """A small work on the backend that is always there."""
     small = {"shape": (1, 8, 9, 7), "rates": ((2, 2),)}
     if op == "separable_conv2d":
-        small["outputs"] = 6
+        small |= {"outputs": 6, "eps": eps or (None, None)}
     case = replace(cases(op)[0], name="toy", **small)
     fields = {"dtype": "float32", "layout": "channels_last", "backend": "reference"}
     return Work(op, case, device="cpu", **(fields | changes))
@@ -196,7 +197,9 @@ def toy(op="depthwise_conv2d", **changes):
 
 @pytest.fixture(scope="module")
 def rows():
-    return [row for op in operators() for row in measure(toy(op), MODES, QUICK)]
+    made = [row for op in operators() for row in measure(toy(op), MODES, QUICK)]
+    step = SeparableStep(**vars(toy("separable_conv2d", eps=(1e-5, 1e-5))))
+    return [*made, *measure(step, step.modes, QUICK)]
 
 
 def test_a_row_has_every_number(rows):
@@ -206,7 +209,7 @@ def test_a_row_has_every_number(rows):
         assert row.bytes > 0 and row.bandwidth > 0 and row.copy_share > 0
         assert set(row.memory) == {OURS, EAGER}
         assert set(row.saved) == (set() if row.mode == "forward" else {OURS, EAGER})
-        assert row.errors[OURS] <= row.allowed_error < 1e-4
+        assert row.error_used <= 1 and row.errors[OURS] < 1e-4
         assert len(report.cells(row)) == len(report.HEADER)
 
 
@@ -222,7 +225,7 @@ def test_a_wrong_result_has_no_time(monkeypatch, spoil):
 
     monkeypatch.setattr(segkernels, "depthwise_conv2d", wrong)
     row, *_ = measure(toy(backend="native"), ("forward",), QUICK)
-    assert not row.correct and not row.timed and "error" in row.note
+    assert not row.correct and not row.timed and "wrong result" in row.note
     assert not any("0." in cell for cell in report.cells(row)[6:13])
     goal = Goal(row.op, "toy", row.dtype, row.layout, row.mode, 1.0)
     assert judge([row], [goal])[0].outcome == "wrong results"
@@ -237,7 +240,7 @@ def test_a_wrong_gradient_has_no_time(monkeypatch):
 
     monkeypatch.setattr(segkernels, "depthwise_conv2d", wrong)
     for row in measure(toy(backend="native"), MODES, QUICK):
-        assert not row.timed and "backward" in row.note
+        assert not row.timed and "wrong gradient" in row.note
 
 
 def test_a_failure_is_a_row_that_says_so(monkeypatch):
