@@ -82,7 +82,7 @@ class Work:
         self, arguments: Arguments, grad: bool, compiled: Callable[..., Any] | None
     ) -> dict[str, Way]:
         """Every way by name. `compiled` is the compiled baseline, or None to leave it out."""
-        eager = getattr(baselines, self.op)
+        eager = self.baseline()
         other = in_other_format(arguments)
         functions = {OURS: (self._ours(self.backend), arguments), EAGER: (eager, arguments)}
         functions[OTHER_FORMAT] = (eager, other)
@@ -97,6 +97,9 @@ class Work:
                     ways[name] = Way(folded)
         return ways
 
+    def baseline(self) -> Callable[..., Any]:
+        return getattr(baselines, self.op)
+
     def truth(self, arguments: Arguments) -> Way:
         """The reference on the same numbers, widened to float64."""
         return _way(self._ours("reference"), _widened(arguments), grad=True)
@@ -109,7 +112,7 @@ class Work:
         """torch.compile of the baseline, so that its backward may be repeated."""
         torch._dynamo.reset()
         torch._functorch.config.donated_buffer = False
-        return torch.compile(getattr(baselines, self.op), dynamic=False)
+        return torch.compile(self.baseline(), dynamic=False)
 
     def cost(self, mode: str) -> tuple[int, int]:
         """(operations, fewest bytes that must move)."""
