@@ -22,6 +22,7 @@ def build_backbone(
     output_stride: int = 16,
     in_channels: int = 3,
     multigrid: Sequence[int] | None = None,
+    width: int | None = None,
     weights: str | Path | None = None,
     norm: Norm = nn.BatchNorm2d,
     backend: str | None = None,
@@ -33,7 +34,9 @@ def build_backbone(
         raise ValueError(f"output_stride is 8, 16 or 32\n  output_stride: {output_stride}")
     options: dict[str, Any] = {"in_channels": in_channels, "multigrid": multigrid, "norm": norm}
     if name in RESNETS:
-        backbone: ResNet | Xception65 = ResNet(name, output_stride, **options)
+        backbone: ResNet | Xception65 = ResNet(name, output_stride, width=width or 64, **options)
+    elif width is not None:
+        raise ValueError(f"only ResNets have a width\n  backbone: {name!r}\n  width: {width}")
     else:
         backbone = Xception65(output_stride, backend=backend, **options)
     if weights is not None:

@@ -24,6 +24,7 @@ def deeplabv3plus(
     weights: str | Path | None = None,
     in_channels: int = 3,
     multigrid: Sequence[int] | None = None,
+    width: int | None = None,
     channels: int = 256,
     low_level_width: int = 48,
     rates: Sequence[int] | None = None,
@@ -38,14 +39,16 @@ def deeplabv3plus(
     backbone: "resnet18", "resnet34", "resnet50", "resnet101" or "xception65". output_stride: 8, 16
     or 32 (the rest of the backbone is atrous). weights: a local file (.pth or .safetensors) for the
     backbone; ResNets take torchvision's. multigrid: unit rates of the last stage, such as
-    (1, 2, 4). rates: of the ASPP; None: (6, 12, 18) at stride 16, in proportion elsewhere.
-    channels, low_level_width, separable, dropout, norm, align_corners, backend: as the head's.
+    (1, 2, 4). width: channels of a ResNet's first stage (None: 64). rates: of the ASPP; None:
+    (6, 12, 18) at stride 16, in proportion elsewhere. channels, low_level_width, separable,
+    dropout, norm, align_corners, backend: as the head's.
     """
     trunk = build_backbone(
         backbone,
         output_stride=output_stride,
         in_channels=in_channels,
         multigrid=multigrid,
+        width=width,
         weights=weights,
         norm=norm,
         backend=backend,

@@ -75,7 +75,8 @@ class ResNet(nn.Module):
 
     name: of RESNETS. output_stride: 8, 16 or 32; past it strides become rates (the first unit of
     a stage keeps the rate of the stage before, as torchvision does). multigrid: the unit rates of
-    layer4's blocks. ``channels``, ``low_level_channels``: of the two outputs.
+    layer4's blocks. width: channels of the stem and of layer1 (64 as published), doubled by every
+    stage. ``channels``, ``low_level_channels``: of the two outputs.
     """
 
     layer1: nn.Sequential
@@ -90,6 +91,7 @@ class ResNet(nn.Module):
         *,
         in_channels: int = 3,
         multigrid: Sequence[int] | None = None,
+        width: int = 64,
         norm: NormClass = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
@@ -99,11 +101,11 @@ class ResNet(nn.Module):
                 f"{name}: multigrid has one unit rate for each of {depths[3]} blocks"
                 f"\n  multigrid: {tuple(multigrid)}"
             )
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = norm(64)
+        self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels, stride, rate = 64, 4, 1
+        channels, stride, rate = width, 4, 1
         for i, depth in enumerate(depths, 1):
             grid = multigrid if i == 4 and multigrid is not None else [1] * depth
             step = 1 if i == 1 or stride >= output_stride else 2
@@ -112,10 +114,10 @@ class ResNet(nn.Module):
             blocks: list[nn.Module] = []
             for j, unit in enumerate(grid):
                 at = previous if j == 0 and multigrid is None else rate
-                blocks.append(block(channels, 64 << (i - 1), 1 if j else step, at * unit, norm))
-                channels = (64 << (i - 1)) * block.expansion
+                blocks.append(block(channels, width << (i - 1), 1 if j else step, at * unit, norm))
+                channels = (width << (i - 1)) * block.expansion
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
-        self.low_level_channels = 64 * block.expansion
+        self.low_level_channels = width * block.expansion
         self.channels = channels
         self._initialise()
 
