@@ -6,7 +6,7 @@ known by the qualified name of their class, so nothing is imported; the forward 
 of the same name in :mod:`segkernels.compat`, which reads the layer's own children.
 
 Order of wrapping: patch, then SyncBatchNorm conversion, then DDP or FSDP, then ``torch.compile``. A
-copied model stays patched, an unpickled one comes back unpatched.
+copied or unpickled model stays patched.
 """
 
 from __future__ import annotations
