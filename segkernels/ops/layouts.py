@@ -135,20 +135,32 @@ def backward_walk(
     return block_n, block_c, min(32, max(8, triton.next_power_of_2(programs // 2048 + 1)))
 
 
+def fit(size: int, most: int) -> int:
+    """A block that covers `size`, at least the 16 that a matrix instruction needs."""
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
 def product_shape(
-    dtype: torch.dtype, pixels: int, summed: int, made: int
+    dtype: torch.dtype, pixels: int, summed: int, made: int, widest: int
 ) -> tuple[int, int, int, int]:
     """(BLOCK_N, block of the summed channels, block of the made channels, warps) of a product over channels."""
-
-    def fit(size: int, most: int) -> int:
-        return min(most, max(16, triton.next_power_of_2(size)))
-
     if dtype == torch.float64:
         return 16, 16, 16, 4
     if dtype == torch.float32:
-        return fit(pixels, 64), 16, fit(made, 64), 4
-    block = fit(made, 256)
-    return fit(pixels, 64), fit(summed, 64), block, 8 if block >= 128 else 4
+        return fit(pixels, 64), 16, fit(made, 64), 8
+    made = fit(made, widest)
+    return fit(pixels, 64), fit(summed, 32), made, 8 if made >= 128 else 4
+
+
+def outer_product_shape(
+    dtype: torch.dtype, pixels: int, columns: int, rows: int, channels_last: bool
+) -> tuple[int, int, int, int]:
+    """(BLOCK_N, block of columns, block of rows, warps) of a product that sums over pixels."""
+    if dtype == torch.float64:
+        return 16, 16, 16, 4
+    if dtype == torch.float32:
+        return 16, fit(columns, 64), fit(rows, 64), 8
+    return fit(pixels, 64), fit(columns, 128 if channels_last else 64), fit(rows, 128), 8
 
 
 def normaliser(
@@ -162,15 +174,6 @@ def normaliser(
         return None, gamma, beta
     scale = (var + eps).rsqrt()
     return mean, scale if gamma is None else gamma * scale, beta
-
-
-def outer_product_shape(
-    dtype: torch.dtype, pixels: int, columns: int, rows: int
-) -> tuple[int, int, int, int]:
-    """(BLOCK_N, block of columns, block of rows, warps) of a product that sums over pixels."""
-    block_n, _, block_c, _ = product_shape(dtype, pixels, pixels, min(columns, 128))
-    _, _, block_d, _ = product_shape(dtype, pixels, pixels, min(rows, 128))
-    return block_n, block_c, block_d, 8 if block_c * block_d > 8192 else 4
 
 
 def standardised_means(

@@ -142,7 +142,8 @@ def depthwise_conv2d_backward_kernel(
         stride_xb, stride_dxb = aligned(stride_xb, ALIGN), aligned(stride_dxb, ALIGN)
         stride_dyb = aligned(stride_dyb, ALIGN)
     N = H * W
-    walk_count = tl.cdiv(tl.maximum(N, Ho * Wo), BLOCK_N * walk)
+    tile_count = tl.cdiv(tl.maximum(N, Ho * Wo), BLOCK_N)
+    walk_count = tl.cdiv(tile_count, walk)
     first = tl.program_id(0) % walk_count * walk
     sample = (tl.program_id(0) // walk_count).to(tl.int64)
     share = tl.program_id(0).to(tl.int64) * R * C
@@ -162,7 +163,7 @@ def depthwise_conv2d_backward_kernel(
     for _ in tl.static_range(R):
         sums_b = sums_b + (zero,)
 
-    for tile in range(first, first + walk):
+    for tile in range(first, tl.minimum(first + walk, tile_count)):
         start = tile * BLOCK_N
         n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
         live = (n < N) & in_c

@@ -258,7 +258,8 @@ def pointwise(
     last = layouts.is_channels_last(source)
     out = layouts.empty_map(source, R * D, size, last)
     N = size[0] * size[1]
-    block_n, block_c, block_d, warps = layouts.product_shape(source.dtype, N, C, D)
+    widest = 256 if last else 128
+    block_n, block_c, block_d, warps = layouts.product_shape(source.dtype, N, C, D, widest)
     tile_count = triton.cdiv(N, block_n) * source.size(0)
     parts = layouts.partial_sums(source, 0 if eps2 is None else 2, tile_count, R * D)
     if out.numel() == 0:

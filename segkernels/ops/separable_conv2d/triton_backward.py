@@ -266,7 +266,7 @@ def pointwise_backward(
     R, D, C = v.shape
     last = layouts.is_channels_last(d)
     N = d.size(2) * d.size(3)
-    block_n, block_d, block_c, warps = layouts.product_shape(d.dtype, N, D, C)
+    block_n, block_d, block_c, warps = layouts.product_shape(d.dtype, N, D, C, 128)
     tile_count = triton.cdiv(N, block_n) * d.size(0)
     out = torch.empty_like(d) if write else None
     parts = layouts.partial_sums(d, 2 * sums, tile_count, R * C)
@@ -297,7 +297,8 @@ def weight_backward(
 ) -> torch.Tensor:
     """M = gᵀ·φ(affine(d)), [R, D, C] in the accumulation type."""
     B, C, D, N = d.size(0), d.size(1) // R, g.size(1) // R, d.size(2) * d.size(3)
-    block_n, block_c, block_d, warps = layouts.outer_product_shape(d.dtype, N, C, D)
+    last = layouts.is_channels_last(d)
+    block_n, block_c, block_d, warps = layouts.outer_product_shape(d.dtype, N, C, D, last)
     tile_count = triton.cdiv(N, block_n) * B
     blocks = R * triton.cdiv(D, block_d) * triton.cdiv(C, block_c)
     walk = triton.cdiv(tile_count, max(1, 512 // blocks))
@@ -317,7 +318,7 @@ def weight_backward(
                 ACT=act,
                 ACC=layouts.triton_type(m.dtype),
                 ALIGN=layouts.alignment(C, D, strides[0], strides[2]),
-                CHANNELS_LAST=layouts.is_channels_last(d),
+                CHANNELS_LAST=last,
                 BLOCK_N=block_n,
                 BLOCK_C=block_c,
                 BLOCK_D=block_d,
