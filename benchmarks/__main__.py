@@ -21,7 +21,7 @@ from benchmarks.measure import Row, Settings, empty, measure
 from benchmarks.work import DTYPES, LAYOUTS, MODES, Work, cases, operators, usable_backends
 from segkernels.progress import Progress
 
-QUICK_SECONDS = 50  # when --quick stops taking up rows
+QUICK_SECONDS = 45  # when --quick stops taking up rows
 QUICK_CASES = ["c256_65_r1", "c256_65_r12", "c256_65_r12_train", "c2048_33_r12", "c304_129_r1"]
 Plan = list[tuple[Work, tuple[str, ...]]]
 
