@@ -212,6 +212,8 @@ def test_another_signature_and_subclasses(monkeypatch: pytest.MonkeyPatch) -> No
     reasons = [entry.note for entry in patch(net).skipped]
     assert any("Mine is a subclass" in reason for reason in reasons)
     assert any("forward('x', 'scale')" in reason for reason in reasons)
+    monkeypatch.setattr(DepthwiseSeparableConvModule, "forward", lambda self, *x: x)
+    assert any("forward('*x',)" in entry.note for entry in patch(net).skipped)
 
 
 def test_copies_and_files_stay_patched(rates: list[int]) -> None:
