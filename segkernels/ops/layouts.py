@@ -15,6 +15,8 @@ import triton.language as tl
 
 from segkernels.fused import accumulation_dtype, memory_format
 
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
 # (center, scale, shift) of (t − center)·scale + shift, per channel; a None is left out
 Normaliser = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -111,6 +113,8 @@ def backward_walk(
     to 32 tiles keeps the shares of dw small beside the maps, and the programs many.
     """
     taps *= 2 if x.dtype == torch.float64 else 1
+    if INTERPRETED:  # no registers to run out of, and every operation counts
+        taps = 1
     per_thread = 8 if taps <= 12 else 4 if taps <= 27 else 2 if taps <= 36 else 1
     block_n, block_c = tile_shape(
         x.size(1), pixels, x.element_size(), channels_last, 128 * per_thread
@@ -129,7 +133,8 @@ def product_shape(
 ) -> tuple[int, int, int, int]:
     """Of a product over channels: (BLOCK_N, block of the summed, of the made channels, warps)."""
     if dtype == torch.float64:
-        return 16, 16, 16, 4
+        most = 64 if INTERPRETED else 16
+        return fit(pixels, most), fit(summed, most), fit(made, most), 4
     if dtype == torch.float32:
         return fit(pixels, 64), 16, fit(made, 64), 8
     made = fit(made, widest)
@@ -141,7 +146,8 @@ def outer_product_shape(
 ) -> tuple[int, int, int, int]:
     """Of a product over pixels: (BLOCK_N, block of columns, of rows, warps)."""
     if dtype == torch.float64:
-        return 16, 16, 16, 4
+        most = 64 if INTERPRETED else 16
+        return fit(pixels, most), fit(columns, most), fit(rows, most), 4
     if dtype == torch.float32:
         return 16, fit(columns, 64), fit(rows, 64), 8
     return fit(pixels, 64), fit(columns, 128 if channels_last else 64), fit(rows, 128), 8

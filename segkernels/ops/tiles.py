@@ -11,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from segkernels.ops import layouts
+
+INTERPRETED = tl.constexpr(layouts.INTERPRETED)
 
 
 @triton.jit
@@ -169,16 +171,20 @@ def depthwise_tile(
     KW: tl.constexpr,
 ):
     """acc + Σ_ab w[a,b,c]·x[c, i·s + a·r − p, j·s + b·r − p]; tap rows off the map are skipped."""
+    pad_h, pad_w = pick(geometry, rate, 0, R), pick(geometry, rate, 1, R)
+    dilation_h, dilation_w = pick(geometry, rate, 2, R), pick(geometry, rate, 3, R)
     for a in tl.static_range(KH):
-        down = a * pick(geometry, rate, 2, R) - pick(geometry, rate, 0, R)
+        down = a * dilation_h - pad_h
         if (last_row * stride_h + down >= 0) & (first_row * stride_h + down < H):
             row = i * stride_h + down
+            line = x + row.to(tl.int64) * stride_xh
+            on_row = live & (row >= 0) & (row < H)
             for b in tl.static_range(KW):
-                col = j * stride_w + (b * pick(geometry, rate, 3, R) - pick(geometry, rate, 1, R))
-                inside = live & (row >= 0) & (row < H) & (col >= 0) & (col < W)
-                offset = row.to(tl.int64) * stride_xh + col.to(tl.int64) * stride_xw
-                tap = tl.load(x + offset, mask=inside, other=0.0).to(acc.dtype)
-                acc += tap * tl.load(w + (a * KW + b) * C, mask=in_c, other=0.0).to(acc.dtype)
+                col = j * stride_w + (b * dilation_w - pad_w)
+                inside = on_row & (col >= 0) & (col < W)
+                tap = tl.load(line + col.to(tl.int64) * stride_xw, mask=inside, other=0.0)
+                weight = tl.load(w + (a * KW + b) * C, mask=in_c, other=0.0).to(acc.dtype)
+                acc += tap.to(acc.dtype) * weight
     return acc
 
 
@@ -188,9 +194,8 @@ def depthwise_backward_row(
     x,  # the tile of x
     dy,  # pointers to the tile's channels of dy, this tap row's pixels of column 0
     w,  # pointers to the tile's channels of w, first tap
-    on_row,  # where this tap row meets dy, on the pixel axis
+    live,  # where this tap row meets dy
     j,
-    live,
     in_c,
     C,
     Wo,
@@ -210,7 +215,7 @@ def depthwise_backward_row(
         if t // KW == ROW:
             at = j + pad - (t % KW) * dilation
             col = at // stride_w
-            inside = live & on_row & (at >= 0) & (col < Wo) & (col * stride_w == at)
+            inside = live & (at >= 0) & (col < Wo) & (col * stride_w == at)
             g = tl.load(dy + col.to(tl.int64) * stride_dyw, mask=inside, other=0.0).to(x.dtype)
             if NEED_DX:
                 dx += g * tl.load(w + t * C, mask=in_c, other=0.0).to(x.dtype)
@@ -260,9 +265,8 @@ def depthwise_backward_tile(
                     x,
                     dy + (row.to(tl.int64) * stride_dyh + rate * stride_dyr),
                     w,
-                    (i + up >= 0) & (row < Ho) & (row * stride_h == i + up),
+                    live & (i + up >= 0) & (row < Ho) & (row * stride_h == i + up),
                     j,
-                    live,
                     in_c,
                     C,
                     Wo,
