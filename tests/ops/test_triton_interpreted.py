@@ -185,10 +185,13 @@ def test_separable(case: str, dtype: str, layout: str) -> None:
     window = ([stride, stride], [d * (k // 2) for d in dilation], dilation)
     x = draw(*size, dtype=DTYPES[dtype]).to(memory_format=LAYOUTS[layout])
     w = draw(rates, size[1], k, k, dtype=x.dtype, seed=1) / 3
-    v = draw(rates, outputs, size[1], dtype=x.dtype, seed=2) / 2
+    v = draw(rates, outputs, size[1], dtype=x.dtype, seed=2) / size[1] ** 0.5
     wide = accumulation_dtype(x.dtype)
     widths = [rates * n for n in (size[1], size[1], outputs, outputs)]
-    terms = [draw(n, dtype=wide, seed=3 + i) if affine else None for i, n in enumerate(widths)]
+    terms = [  # γ around 1, β around 0
+        (i + 1) % 2 + draw(n, dtype=wide, seed=3 + i) / 4 if affine else None
+        for i, n in enumerate(widths)
+    ]
     y, o, *moments = kernel("separable_conv2d")(x, w, v, *terms, *acts, *eps, *window)
     assert memory_format(y) == memory_format(x)
     dy = strided(
