@@ -153,9 +153,9 @@ def outer_backward(
     if act == "none" and not need_dbeta:
         return dy, None, None
     y = None if y is None else layouts.pixel_map(y, last)
-    g = None if act == "none" else layouts.empty_map(x, channels, dy.shape[2:])
-    (dbeta,) = normalise_backward(dy, y, (None, None, None), act, out=g, sums=1)
-    return dy if g is None else g, None, dbeta
+    made = None if act == "none" else layouts.empty_map(x, channels, dy.shape[2:])
+    (dbeta,) = normalise_backward(dy, y, (None, None, None), act, out=made, sums=1)
+    return dy if made is None else made, None, dbeta
 
 
 def inner_backward(
