@@ -43,6 +43,10 @@ struct Geometry {
   int64_t H_out() const { return rows[0].out; }
   int64_t W_out() const { return columns[0].out; }
 
+  // Slabs of `slab` channels; the last one takes the rest too.
+  int64_t slabs(int64_t slab) const { return std::max<int64_t>(1, C / slab); }
+  int64_t slab_end(int64_t c0, int64_t slab) const { return c0 + 2 * slab > C ? C : c0 + slab; }
+
   // Forward, rate ρ: the taps inside the map for output row h.
   int64_t forward_rows(int64_t rate, int64_t h, RowTap* taps) const {
     const Axis& x = rows[rate];
