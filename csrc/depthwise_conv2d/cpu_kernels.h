@@ -107,16 +107,16 @@ template <class T, class E>
 void forward_row(const ForwardPlan& f, const T* x, const T* w, const T* bias, int64_t rate, int64_t h, int64_t first,
                  int64_t last, int64_t c0, int64_t c1, T* y, int64_t y_step, E& epilogue) {
   const Geometry& g = f.geometry;
-  RowTap rows[kMaxKernel];
+  const RowTaps& rows = f.rows[rate];
   Tap taps[kMaxKernel * kMaxKernel];
-  const int64_t n_rows = g.forward_rows(rate, h, rows), x_step = g.columns[rate].s * f.x.sW, channel = rate * g.C + c0;
+  const int64_t x_step = g.columns[rate].s * f.x.sW, channel = rate * g.C + c0;
   for (const Run& run : f.runs[rate]) {
     const int64_t begin = std::max(first, run.begin), end = std::min(last, run.end);
     if (begin >= end) continue;
     int64_t n = 0;
-    for (int64_t i = 0; i < n_rows; ++i)
+    for (const RowTap* row = rows.begin(h); row != rows.end(h); ++row)
       for (const ColumnTap& tap : run.taps)
-        taps[n++] = {rows[i].row * f.x.sH + tap.source * f.x.sW, rate * g.taps() + rows[i].a * g.kw() + tap.b};
+        taps[n++] = {row->row * f.x.sH + tap.source * f.x.sW, rate * g.taps() + row->a * g.kw() + tap.b};
     sum_run<T>({taps, n, x + begin * x_step + c0, x_step, w + c0, g.C}, bias ? bias + channel : nullptr,
                y + (begin - first) * y_step, y_step, end - begin, c1 - c0, channel, epilogue);
   }
@@ -203,23 +203,21 @@ void backward_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T
   const Geometry& g = f.geometry;
   const int64_t s = g.columns[0].s, H = g.H(), W = g.W(), channels = c1 - c0;
   const Identity identity;
-  std::vector<RowTap> rows(g.R * g.kh());
   std::vector<Tap> taps(g.R * g.taps());
   std::vector<T> unwanted(dx ? 0 : W * g.C);
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / H, h = f.order[item % H];
-    const int64_t n_rows = g.backward_rows(h, rows.data());
     const T* x_row = x + image * f.x.sB + h * f.x.sH + c0;
     const T* dy_image = dy + image * f.dy.sB + c0;
     T* dx_row = (dx ? dx + (image * H + h) * W * g.C : unwanted.data()) + c0;
     for (int64_t c = 0; c < s; ++c)
       for (const Run& run : f.runs[c]) {
         int64_t n = 0;
-        for (int64_t i = 0; i < n_rows; ++i)
+        for (const RowTap* row = f.rows.begin(h); row != f.rows.end(h); ++row)
           for (const ColumnTap& tap : run.taps)
-            if (tap.rate == rows[i].rate)
-              taps[n++] = {rows[i].row * f.dy.sH + tap.source * f.dy.sW + tap.rate * g.C,
-                           tap.rate * g.taps() + rows[i].a * g.kw() + tap.b};
+            if (tap.rate == row->rate)
+              taps[n++] = {row->row * f.dy.sH + tap.source * f.dy.sW + tap.rate * g.C,
+                           tap.rate * g.taps() + row->a * g.kw() + tap.b};
         const Products<T> t{taps.data(), n, dy_image + run.begin * f.dy.sW, f.dy.sW, w + c0, g.C};
         const int64_t column = c + run.begin * s, count = run.end - run.begin;
         if (sums)

@@ -139,7 +139,6 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
   std::vector<Columns<A>> columns;
   for (int64_t rate = 0; rate < g.R; ++rate) columns.emplace_back(g.forward_columns(rate), g.R, W, s, part_size);
   std::vector<A> memory(plane_size(g.H(), g.W(), s)), line(W);
-  RowTap taps[kMaxKernel];
   std::vector<RowSource<A>> rows;
   A weights[kMaxKernel * kMaxKernel], shift = 0;
   for (int64_t item = first; item < last; ++item) {
@@ -150,10 +149,9 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
       if (bias) widen_row<A>(bias + rate * g.C + c, 1, &shift);
       T* y_row = y + ((image * g.R + rate) * g.C + c) * H * W;
       for (int64_t h = 0; h < H; ++h, y_row += W) {
-        const int64_t n_rows = g.forward_rows(rate, h, taps);
         rows.clear();
-        for (int64_t i = 0; i < n_rows; ++i)
-          rows.push_back({plane.data + taps[i].row * plane.row, weights + taps[i].a * g.kw(), nullptr,
+        for (const RowTap* tap = f.rows[rate].begin(h); tap != f.rows[rate].end(h); ++tap)
+          rows.push_back({plane.data + tap->row * plane.row, weights + tap->a * g.kw(), nullptr,
                           &columns[rate].taps[rate]});
         if constexpr (std::is_same_v<A, T>) {
           sum_row(columns[rate], rows, shift, y_row);
@@ -230,7 +228,6 @@ void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w,
   std::vector<A> x_memory(plane_size(H, W, s)), dy_memory(g.R * dy_size), line(W), parts(s * part_size);
   std::vector<A> weights(g.R * n_taps), sums(g.R * n_taps * L);
   std::vector<Plane<A>> dys(g.R);
-  std::vector<RowTap> taps(g.R * g.kh());
   std::vector<RowSource<A>> rows;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / g.C, c = item % g.C;
@@ -244,15 +241,14 @@ void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w,
     }
     std::fill(sums.begin(), sums.end(), A(0));
     for (int64_t h = 0; (dx || dw) && h < H; ++h) {
-      const int64_t n_rows = g.backward_rows(h, taps.data());
       T* dx_row = dx ? dx + ((image * g.C + c) * H + h) * W : nullptr;
       for (int64_t part = 0; part < s; ++part) {
         rows.clear();
-        for (int64_t i = 0; i < n_rows; ++i) {
-          const Plane<A>& source = dys[taps[i].rate];
-          const int64_t weight = taps[i].rate * n_taps + taps[i].a * g.kw();
-          rows.push_back({source.data + taps[i].row * source.row, weights.data() + weight, sums.data() + weight * L,
-                          &columns[part].taps[taps[i].rate]});
+        for (const RowTap* tap = f.rows.begin(h); tap != f.rows.end(h); ++tap) {
+          const Plane<A>& source = dys[tap->rate];
+          const int64_t weight = tap->rate * n_taps + tap->a * g.kw();
+          rows.push_back({source.data + tap->row * source.row, weights.data() + weight, sums.data() + weight * L,
+                          &columns[part].taps[tap->rate]});
         }
         A* to = parts.data() + part * part_size;
         if constexpr (std::is_same_v<A, T>)
