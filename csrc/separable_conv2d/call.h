@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <new>
+#include <vector>
 
 #include "common/simd.h"
 #include "depthwise_conv2d/plan.h"

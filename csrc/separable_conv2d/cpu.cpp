@@ -121,9 +121,9 @@ struct Prepared {
   Call<T> call{};
   std::vector<T> w;
   std::vector<A> v;
-  std::vector<char> weights;
+  Tensor weights;
 
-  explicit Prepared(const Operands& o) {
+  explicit Prepared(const Operands& o) : weights(o.none()) {
     const Geometry& g = o.plan.geometry;
     call.sizes = o.sizes;
     call.plan = &o.plan;
@@ -152,8 +152,8 @@ struct Prepared {
       call.v = v.data();
     }
     SEGKERNELS_BY_ISA(call.weight_bytes = simd::weight_bytes(call, backward))
-    weights.resize(s.R * s.chunks() * call.weight_bytes + 64);
-    call.weights = weights.data() + (64 - reinterpret_cast<uintptr_t>(weights.data()) % 64);
+    weights = empty(o.x, {s.R * s.chunks() * call.weight_bytes}, ScalarType::Byte);
+    call.weights = mutable_data<char>(weights);
     run(backward ? Stage::pack_backward : Stage::pack_forward, s.R * s.chunks(), s.D * s.C / s.chunks());
   }
 
@@ -334,10 +334,10 @@ Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o,
       }
       const int64_t groups = s.backward_groups(), items = s.R * s.chunks() * groups;
       GroupSums<A> sums1(groups, RC), sums2(groups, RD);
-      std::vector<A> dvs(want_dv ? groups * RD * s.C : 0);
+      const Tensor dvs = in.sums(want_dv ? groups * RD * s.C : 0);
       call.sums1 = sums1.get();
       call.sums2 = sums2.get();
-      call.dv = dvs.data();
+      call.dv = data_or_null<A>(dvs);
       p.run(Stage::backward, items, 2 * p.cost() / items);
       if (!eps2) add_groups(sums2.first, groups, RD, sum_g2.data());
       add_groups(sums1.first, groups, RC, sum_g1.data());

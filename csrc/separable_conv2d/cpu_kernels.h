@@ -33,41 +33,32 @@ void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t
   using A = acc_t<T>;
   const ForwardPlan& f = *call.plan;
   const Geometry& g = f.geometry;
-  const int64_t W = call.sizes.W_out, s = g.columns[0].s, line = plane_size(1, g.W(), s), part = ceil_div(g.W(), s);
+  const int64_t W = call.sizes.W_out, s = g.columns[0].s, line = plane_size(1, g.W(), s);
   const bool in_place = std::is_same_v<A, T> && s == 1;
   std::vector<A> memory(in_place ? 0 : kMaxKernel * line), sums(W);
   A weights[kMaxKernel * kMaxKernel];
+  std::vector<RowSource<A>> sources;
   for (int64_t p = tile.first; p < tile.last;) {
     const int64_t h = p / W, first = p % W, last = std::min(W, first + tile.last - p);
-    RowTap rows[kMaxKernel];
-    const int64_t n_rows = g.forward_rows(rate, h, rows);
-    std::vector<ColumnTap> taps;  // of the positions from `first` on
-    for (const ColumnTap& t : g.forward_columns(rate))
-      taps.push_back({t.rate, t.b, t.source + s * first, t.begin - first, t.end - first});
-    const Columns<A> columns(taps, last - first);
-    std::vector<int64_t> offsets;
-    std::vector<RowProduct<A>> products;
-    for (int64_t i = 0; i < n_rows; ++i)
-      for (size_t t = 0; t < taps.size(); ++t) {
-        const int64_t column = -ceil_div(-taps[t].source, s), residue = taps[t].source - column * s;  // floor
-        offsets.push_back(in_place ? rows[i].row * f.x.sH + taps[t].source : i * line + residue * part + column);
-        products.push_back({nullptr, columns.masks.data() + t * columns.vectors, rows[i].a * g.kw() + taps[t].b});
-      }
+    std::vector<ColumnTap> taps = g.forward_columns(rate);  // of the positions from `first` on
+    for (ColumnTap& t : taps) t = {t.rate, t.b, t.source + s * first, t.begin - first, t.end - first};
+    const Columns<A> columns(taps, g.R, last - first, s, ceil_div(g.W(), s));
+    const RowTap *begin = f.rows[rate].begin(h), *end = f.rows[rate].end(h);
+    sources.clear();
+    for (const RowTap* tap = begin; tap != end; ++tap)
+      sources.push_back({memory.data() + (tap - begin) * line, weights + tap->a * g.kw(), nullptr, &columns.taps[rate]});
     for (int64_t c = c0; c < c1; ++c) {
       const T* x = call.x + tile.image * f.x.sB + c * f.x.sC;
-      const A* base = memory.data();
-      if constexpr (std::is_same_v<A, T>)
-        if (in_place) base = x;
-      if (!in_place)
-        for (int64_t i = 0; i < n_rows; ++i)
-          read_plane(x + rows[i].row * f.x.sH, f.x.sH, 1, g.W(), s, memory.data() + i * line);
-      for (size_t i = 0; i < products.size(); ++i) products[i].source = base + offsets[i];
+      for (const RowTap* tap = begin; tap != end; ++tap) {
+        const Plane<A> row = read_plane(x + tap->row * f.x.sH, f.x.sH, 1, g.W(), s, memory.data() + (tap - begin) * line);
+        sources[tap - begin].row = row.data;
+      }
       widen_row<A>(call.w + (rate * g.C + c) * g.taps(), g.taps(), weights);
       T* to = d.p + (c - c0) * d.step + (p - tile.first);
       if constexpr (std::is_same_v<A, T>) {
-        sum_row(columns, products, weights, A(0), to);
+        sum_row(columns, sources, A(0), to);
       } else {
-        sum_row(columns, products, weights, A(0), sums.data());
+        sum_row(columns, sources, A(0), sums.data());
         narrow_row(sums.data(), last - first, to);
       }
     }
@@ -95,15 +86,15 @@ SEGKERNELS_INLINE int64_t tile_step(int64_t channels) {
   return row_step(kLast ? channels : kPixels);
 }
 
-// Zeroed, so that padding holds no denormal numbers.
+// Tiles of one stage on one thread. The thread keeps the memory for its next stage: it is small, and fresh pages cost as much as
+// the work on them. Zeroed when new: the padding that matrix products read should hold no denormal numbers.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)))) {
-    if (!memory_) throw std::bad_alloc();
-    std::memset(memory_, 0, bytes);
-    next_ = memory_;
+  explicit Workspace(int64_t bytes) {
+    thread_local std::vector<char> memory;
+    if (int64_t(memory.size()) < bytes + 64) std::vector<char>(bytes + 64).swap(memory);
+    next_ = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   }
-  ~Workspace() { std::free(memory_); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
@@ -115,7 +106,7 @@ class Workspace {
   }
 
  private:
-  char *memory_, *next_;
+  char* next_;
 };
 
 SEGKERNELS_INLINE int64_t chunk_width(const Sizes& s) { return std::min(s.C, kChannels); }
