@@ -69,6 +69,15 @@ struct Strides {
   int64_t b, c, h, w;
 };
 
+// Sizes of one convolution. For the gradient of x the map that is read is dy (see reversed()).
+struct Correlation {
+  int channels;        // C
+  int rows, columns;   // of the map that is read
+  int out_rows, out_columns;
+  int kh, kw, stride_h, stride_w;
+  int pad_h[MAX_RATES], pad_w[MAX_RATES], rate_h[MAX_RATES], rate_w[MAX_RATES];
+};
+
 enum class Activation : int { none, relu, relu6 };
 
 // Comparisons are written so that NaN passes through.

@@ -14,15 +14,6 @@
 
 namespace segkernels::cuda {
 
-// Sizes of one convolution. For the gradient of x, `from` is dy's map and `to` is x's (see reversed()).
-struct Correlation {
-  int channels;        // C
-  int rows, columns;   // of the map that is read
-  int out_rows, out_columns;
-  int kh, kw, stride_h, stride_w;
-  int pad_h[MAX_RATES], pad_w[MAX_RATES], rate_h[MAX_RATES], rate_w[MAX_RATES];
-};
-
 // A walk: row `row`, row + r, … (`length` of them at most) of column `column`.
 struct Walk {
   int row, column, steps;

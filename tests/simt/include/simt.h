@@ -13,6 +13,8 @@
 // Not here yet: partial masks, ballots, atomics, cp.async, clusters, races between barriers.
 #pragma once
 
+#include <math.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
