@@ -1,0 +1,277 @@
+// Depthwise convolution on the CPU, channels_last: vectors run along the channels. Compiled once per instruction set.
+//
+// For other operators:
+//   forward_row(f, x, w, bias, ρ, h, first, last, c0, c1, y, y_step, epilogue)
+//       d of rate ρ for the pixels (h, first … last−1) and the channels c0 … c1−1 of one image into a caller's buffer:
+//       y points at (pixel `first`, channel c0), y_step numbers from pixel to pixel. The epilogue sees each Pair<T> of
+//       sums before it is rounded to T: `Pair<T> operator()(Pair<T> d, int64_t channel)`, channel counted in [0, R·C).
+//       c0 must be a multiple of 32.
+//   backward_rows(f, x, dy, w, dx, sums, first, last, c0, c1)
+//       one pass that makes dX and the partial sums of dW and db; dy is any map [B, R·C, H', W'] with dense channels.
+// Weights come packed as w[ρ·k_h·k_w + a·k_w + b][c] (pack_weights in cpu.cpp), biases as bias[ρ·C + c].
+
+namespace segkernels {
+namespace {
+namespace SEGKERNELS_ISA {
+
+// Pixels of a register tile: sums (forward), sums and inputs (backward), a weight and one number read.
+constexpr int kForwardPixels = 4;
+constexpr int kBackwardPixels = SEGKERNELS_VECTOR_BYTES == 64 ? 4 : 2;
+
+template <bool Partial, class T>
+SEGKERNELS_INLINE Pair<T> load_channels(const T* p, int64_t count) {
+  if constexpr (Partial) return load2(p, count);
+  return load2(p);
+}
+template <bool Partial, class T>
+SEGKERNELS_INLINE void store_channels(T* p, Pair<T> a, int64_t count) {
+  if constexpr (Partial) return store2(p, a, count);
+  store2(p, a);
+}
+template <class T>
+SEGKERNELS_INLINE Pair<T> fma(Pair<T> a, Pair<T> b, Pair<T> c) {
+  return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+}
+
+struct Identity {
+  template <class T>
+  __attribute__((always_inline)) Pair<T> operator()(Pair<T> d, int64_t) const {
+    return d;
+  }
+};
+
+// The taps of some pixels of a row, and what they read and weigh.
+template <class T>
+struct Products {
+  const Tap* taps;
+  int64_t n;
+  const T* source;  // of pixel 0, channel 0; a pixel further is `step` further
+  int64_t step;
+  const T* w;  // [tap][channel], `w_step` from tap to tap
+  int64_t w_step;
+};
+
+// -- sums over taps: y of the forward, dX of the backward -----------------------------------------
+
+// P pixels of up to a pair of channels: y[p] = bias + Σ_t w[t] · source[p·step + offset_t].
+template <int P, bool Partial, class T, class E>
+SEGKERNELS_INLINE void sum_tile(const Products<T>& t, const T* bias, T* y, int64_t y_step, int64_t c, int64_t count,
+                                int64_t channel, E& epilogue) {
+  const Pair<T> start = bias ? load_channels<Partial>(bias + c, count) : Pair<T>{};
+  Pair<T> acc[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) acc[p] = start;
+  for (const Tap* tap = t.taps; tap < t.taps + t.n; ++tap) {
+    const Pair<T> w = load_channels<Partial>(t.w + tap->weight * t.w_step + c, count);
+    const T* source = t.source + tap->offset + c;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) acc[p] = fma(w, load_channels<Partial>(source + p * t.step, count), acc[p]);
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) store_channels<Partial>(y + p * y_step + c, epilogue(acc[p], channel + c), count);
+}
+
+template <int P, class T, class E>
+void sum_pixels(const Products<T>& t, const T* bias, T* y, int64_t y_step, int64_t channels, int64_t channel,
+                E& epilogue) {
+  constexpr int64_t L = Pair<T>::lanes;
+  int64_t c = 0;
+  for (; c + L <= channels; c += L) sum_tile<P, false>(t, bias, y, y_step, c, L, channel, epilogue);
+  if (c == channels) return;
+  Products<T> one = t;
+  for (int p = 0; p < P; ++p, one.source += t.step)
+    sum_tile<1, true>(one, bias, y + p * y_step, y_step, c, channels - c, channel, epilogue);
+}
+
+// The pixels [0, n) of a run.
+template <class T, class E>
+void sum_run(Products<T> t, const T* bias, T* y, int64_t y_step, int64_t n, int64_t channels, int64_t channel,
+             E& epilogue) {
+  constexpr int P = kForwardPixels;
+  for (; n >= P; n -= P, t.source += P * t.step, y += P * y_step)
+    sum_pixels<P>(t, bias, y, y_step, channels, channel, epilogue);
+  for (; n > 0; --n, t.source += t.step, y += y_step) sum_pixels<1>(t, bias, y, y_step, channels, channel, epilogue);
+}
+
+// -- forward --------------------------------------------------------------------------------------
+
+template <class T, class E>
+void forward_row(const ForwardPlan& f, const T* x, const T* w, const T* bias, int64_t rate, int64_t h, int64_t first,
+                 int64_t last, int64_t c0, int64_t c1, T* y, int64_t y_step, E& epilogue) {
+  const Geometry& g = f.geometry;
+  RowTap rows[kMaxKernel];
+  Tap taps[kMaxKernel * kMaxKernel];
+  const int64_t n_rows = g.forward_rows(rate, h, rows), x_step = g.columns[rate].s * f.x.sW, channel = rate * g.C + c0;
+  for (const Run& run : f.runs[rate]) {
+    const int64_t begin = std::max(first, run.begin), end = std::min(last, run.end);
+    if (begin >= end) continue;
+    int64_t n = 0;
+    for (int64_t i = 0; i < n_rows; ++i)
+      for (const ColumnTap& tap : run.taps)
+        taps[n++] = {rows[i].row * f.x.sH + tap.source * f.x.sW, rate * g.taps() + rows[i].a * g.kw() + tap.b};
+    sum_run<T>({taps, n, x + begin * x_step + c0, x_step, w + c0, g.C}, bias ? bias + channel : nullptr,
+               y + (begin - first) * y_step, y_step, end - begin, c1 - c0, channel, epilogue);
+  }
+}
+
+// Items [first, last) of (image, slab of channels, output row): every rate of that row, so that x is read once.
+template <class T>
+void forward_channels_last(const ForwardPlan& f, const T* x, const T* w, const T* bias, T* y, int64_t first,
+                           int64_t last) {
+  const Geometry& g = f.geometry;
+  const int64_t n_slabs = ceil_div(g.C, f.slab), H = g.H_out(), W = g.W_out(), y_step = g.R * g.C;
+  const Identity identity;
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t image = item / H / n_slabs, c0 = item / H % n_slabs * f.slab, h = f.order[item % H];
+    const int64_t c1 = std::min(g.C, c0 + f.slab);
+    for (int64_t rate = 0; rate < g.R; ++rate)
+      forward_row(f, x + image * f.x.sB, w, bias, rate, h, 0, W, c0, c1,
+                  y + (image * H + h) * W * y_step + rate * g.C + c0, y_step, identity);
+  }
+}
+
+// -- backward -------------------------------------------------------------------------------------
+
+// P pixels of up to a pair of channels: dX = Σ_t w[t] · dy_t and dW[t] += Σ_p x[p] · dy_t, from one read of dy_t.
+template <int P, bool Partial, class T>
+SEGKERNELS_INLINE void backward_tile(const Products<T>& t, const T* x, int64_t x_step, T* dx, int64_t dx_step,
+                                     acc_t<T>* sums, int64_t sums_step, int64_t c, int64_t count) {
+  using A = acc_t<T>;
+  constexpr int64_t L = Vec<A>::lanes;
+  Pair<T> xs[P], acc[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    xs[p] = load_channels<Partial>(x + p * x_step + c, count);
+    acc[p] = Pair<T>{};
+  }
+  for (const Tap* tap = t.taps; tap < t.taps + t.n; ++tap) {
+    A* sum = sums + tap->weight * sums_step + c;
+    const Pair<T> w = load_channels<Partial>(t.w + tap->weight * t.w_step + c, count);
+    Pair<T> dw = {load<A>(sum), load<A>(sum + L)};
+    const T* source = t.source + tap->offset + c;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const Pair<T> dy = load_channels<Partial>(source + p * t.step, count);
+      acc[p] = fma(w, dy, acc[p]);
+      dw = fma(xs[p], dy, dw);
+    }
+    store(sum, dw.lo);
+    store(sum + L, dw.hi);
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) store_channels<Partial>(dx + p * dx_step + c, acc[p], count);
+}
+
+template <int P, class T>
+void backward_pixels(const Products<T>& t, const T* x, int64_t x_step, T* dx, int64_t dx_step, acc_t<T>* sums,
+                     int64_t sums_step, int64_t channels) {
+  constexpr int64_t L = Pair<T>::lanes;
+  int64_t c = 0;
+  for (; c + L <= channels; c += L) backward_tile<P, false>(t, x, x_step, dx, dx_step, sums, sums_step, c, L);
+  if (c == channels) return;
+  Products<T> one = t;
+  for (int p = 0; p < P; ++p, one.source += t.step)
+    backward_tile<1, true>(one, x + p * x_step, x_step, dx + p * dx_step, dx_step, sums, sums_step, c, channels - c);
+}
+
+template <class T>
+void backward_run(Products<T> t, const T* x, int64_t x_step, T* dx, int64_t dx_step, acc_t<T>* sums,
+                  int64_t sums_step, int64_t n, int64_t channels) {
+  constexpr int P = kBackwardPixels;
+  for (; n >= P; n -= P, t.source += P * t.step, x += P * x_step, dx += P * dx_step)
+    backward_pixels<P>(t, x, x_step, dx, dx_step, sums, sums_step, channels);
+  for (; n > 0; --n, t.source += t.step, x += x_step, dx += dx_step)
+    backward_pixels<1>(t, x, x_step, dx, dx_step, sums, sums_step, channels);
+}
+
+// The rows [first, last) of the ordered rows of all images, channels c0 … c1−1 (c0 a multiple of 32). `sums` are this
+// part's own, zeroed by the caller, in load2's order: [R·k_h·k_w rows of dW, then R of db][C rounded up to 32].
+// sums null: dX alone. dx null: dW alone (dX goes to a row that is thrown away).
+template <class T>
+void backward_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, acc_t<T>* sums, int64_t first,
+                   int64_t last, int64_t c0, int64_t c1) {
+  const Geometry& g = f.geometry;
+  const int64_t s = g.columns[0].s, H = g.H(), W = g.W(), channels = c1 - c0;
+  const Identity identity;
+  std::vector<RowTap> rows(g.R * g.kh());
+  std::vector<Tap> taps(g.R * g.taps());
+  std::vector<T> unwanted(dx ? 0 : W * g.C);
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t image = item / H, h = f.order[item % H];
+    const int64_t n_rows = g.backward_rows(h, rows.data());
+    const T* x_row = x + image * f.x.sB + h * f.x.sH + c0;
+    const T* dy_image = dy + image * f.dy.sB + c0;
+    T* dx_row = (dx ? dx + (image * H + h) * W * g.C : unwanted.data()) + c0;
+    for (int64_t c = 0; c < s; ++c)
+      for (const Run& run : f.runs[c]) {
+        int64_t n = 0;
+        for (int64_t i = 0; i < n_rows; ++i)
+          for (const ColumnTap& tap : run.taps)
+            if (tap.rate == rows[i].rate)
+              taps[n++] = {rows[i].row * f.dy.sH + tap.source * f.dy.sW + tap.rate * g.C,
+                           tap.rate * g.taps() + rows[i].a * g.kw() + tap.b};
+        const Products<T> t{taps.data(), n, dy_image + run.begin * f.dy.sW, f.dy.sW, w + c0, g.C};
+        const int64_t column = c + run.begin * s, count = run.end - run.begin;
+        if (sums)
+          backward_run(t, x_row + column * f.x.sW, s * f.x.sW, dx_row + column * g.C, s * g.C, sums + c0, f.padded_C,
+                       count, channels);
+        else
+          sum_run<T>(t, nullptr, dx_row + column * g.C, s * g.C, count, channels, c0, identity);
+      }
+  }
+}
+
+// sums[ρ][c] += Σ dy over the rows [first, last) of the ordered output rows of all images.
+template <class T>
+void bias_rows(const BackwardPlan& f, const T* dy, acc_t<T>* sums, int64_t first, int64_t last, int64_t c0, int64_t c1) {
+  using A = acc_t<T>;
+  constexpr int64_t L = Pair<T>::lanes;
+  const Geometry& g = f.geometry;
+  const int64_t H = g.H_out(), W = g.W_out();
+  for (int64_t item = first; item < last; ++item)
+    for (int64_t rate = 0; rate < g.R; ++rate) {
+      const T* row = dy + item / H * f.dy.sB + f.order_out[item % H] * f.dy.sH + rate * g.C;
+      A* sum = sums + rate * f.padded_C;
+      for (int64_t c = c0; c < c1; c += L) {
+        Pair<T> s{load<A>(sum + c), load<A>(sum + c + L / 2)};
+        for (int64_t i = 0; i < W; ++i) {
+          const T* p = row + i * f.dy.sW + c;
+          const Pair<T> d = c + L <= c1 ? load2(p) : load2(p, c1 - c);
+          s = {s.lo + d.lo, s.hi + d.hi};
+        }
+        store(sum + c, s.lo);
+        store(sum + c + L / 2, s.hi);
+      }
+    }
+}
+
+// Rows [first, last) of the sums [parts][R·k_h·k_w + R][padded C], added over the parts: dw [R, C, k_h, k_w], db [R, C].
+template <class T>
+void add_parts(const BackwardPlan& f, const acc_t<T>* sums, T* dw, T* db, int64_t first, int64_t last) {
+  using A = acc_t<T>;
+  constexpr int64_t L = Pair<T>::lanes;
+  const Geometry& g = f.geometry;
+  const int64_t taps = g.taps(), n_rows = g.R * (taps + 1);
+  T line[L];
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t t = row < g.R * taps ? row % taps : 0, rate = row < g.R * taps ? row / taps : row - g.R * taps;
+    const int64_t step = row < g.R * taps ? taps : 1;
+    T* out = row < g.R * taps ? dw : db;
+    if (!out) continue;
+    for (int64_t c = 0; c < g.C; c += L) {
+      Pair<T> s{};
+      for (int64_t part = 0; part < f.parts; ++part) {
+        const A* p = sums + (part * n_rows + row) * f.padded_C + c;
+        s = {s.lo + load<A>(p), s.hi + load<A>(p + L / 2)};
+      }
+      store2(line, s);
+      for (int64_t i = 0; i < L && c + i < g.C; ++i) out[(rate * g.C + c + i) * step + t] = line[i];
+    }
+  }
+}
+
+}  // namespace SEGKERNELS_ISA
+}  // namespace
+}  // namespace segkernels
+
+#include "depthwise_conv2d/cpu_planes.h"

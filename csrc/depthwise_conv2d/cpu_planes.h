@@ -1,0 +1,293 @@
+// Depthwise convolution on the CPU, NCHW: vectors run along the rows of one plane, which stays in the first caches.
+// Included by cpu_kernels.h, once per instruction set. Planes are read as numbers of the accumulation type; with column
+// stride s they are split into s planes of every s-th column, so that every tap reads consecutive numbers.
+
+namespace segkernels {
+namespace {
+namespace SEGKERNELS_ISA {
+
+constexpr int64_t kMaxVectors = 5;
+
+// The columns of a row as vectors, and which of their lanes each column tap reaches.
+template <class A>
+struct Columns {
+  std::vector<ColumnTap> taps;
+  int64_t n, vectors, block;  // block: vectors kept in registers together
+  std::vector<Mask> masks;    // [tap][vector]
+
+  Columns(std::vector<ColumnTap> column_taps, int64_t n)
+      : taps(std::move(column_taps)), n(n), vectors(ceil_div(n, Vec<A>::lanes)) {
+    constexpr int64_t L = Vec<A>::lanes;
+    block = ceil_div(vectors, std::max<int64_t>(1, ceil_div(vectors, kMaxVectors)));
+    for (const ColumnTap& tap : taps)
+      for (int64_t v = 0; v < vectors; ++v) masks.push_back(lane_range<A>(tap.begin - v * L, tap.end - v * L));
+  }
+};
+
+// A tap of a row: the numbers it reads at position 0, its lanes and its weight.
+template <class A>
+struct RowProduct {
+  const A* source;
+  const Mask* masks;
+  int64_t weight;
+};
+
+template <class A, class T>
+void widen_row(const T* from, int64_t n, A* to) {
+  constexpr int64_t L = Vec<A>::lanes;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(to + i, load<A>(from + i));
+  if (i < n) store(to + i, load<A>(from + i, lane_range<A>(0, n - i)), lane_range<A>(0, n - i));
+}
+template <class A, class T>
+void narrow_row(const A* from, int64_t n, T* to) {
+  constexpr int64_t L = Vec<A>::lanes;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(to + i, load<A>(from + i));
+  if (i < n) store(to + i, load<A>(from + i, lane_range<A>(0, n - i)), lane_range<A>(0, n - i));
+}
+
+// A plane of accumulation type: the columns c, c + s, … of part c from data + c·part, rows `row` numbers apart.
+template <class A>
+struct Plane {
+  const A* data;
+  int64_t row, part;
+};
+
+// The plane itself where it can be read in place, else a copy in `memory` ([s][H][⌈W/s⌉], then one row).
+template <class A, class T>
+Plane<A> read_plane(const T* x, int64_t sH, int64_t H, int64_t W, int64_t s, A* memory) {
+  if constexpr (std::is_same_v<A, T>)
+    if (s == 1) return {x, sH, 0};
+  const int64_t n = ceil_div(W, s), part = H * n;
+  if (s == 1 && sH == W) {
+    widen_row<A>(x, H * W, memory);
+  } else if (s == 1) {
+    for (int64_t h = 0; h < H; ++h) widen_row<A>(x + h * sH, W, memory + h * W);
+  } else {
+    A* line = memory + s * part;
+    for (int64_t h = 0; h < H; ++h) {
+      widen_row<A>(x + h * sH, W, line);
+      for (int64_t c = 0; c < s; ++c)
+        for (int64_t i = 0; c + i * s < W; ++i) memory[c * part + h * n + i] = line[c + i * s];
+    }
+  }
+  return {memory, n, part};
+}
+inline int64_t plane_size(int64_t H, int64_t W, int64_t s) { return s * H * ceil_div(W, s) + W; }
+
+// -- sums over taps: y of the forward, dX of the backward -----------------------------------------
+
+// V vectors from vector v0 on: y = bias + Σ_t w[t] · source_t, over the lanes that tap t reaches.
+template <int V, class A>
+void sum_vectors(const RowProduct<A>* products, int64_t n_products, const A* w, A bias, int64_t v0, int64_t n, A* y) {
+  constexpr int64_t L = Vec<A>::lanes;
+  Vec<A> acc[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) acc[v] = splat(bias);
+  for (const RowProduct<A>* t = products; t < products + n_products; ++t) {
+    const Vec<A> wt = splat(w[t->weight]);
+    const A* source = t->source + v0 * L;
+    const Mask* mask = t->masks + v0;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[v] = fma(wt, load<A>(source + v * L, mask[v]), acc[v], mask[v]);
+  }
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < V; ++v) store(y + (v0 + v) * L, acc[v], lane_range<A>(0, n - (v0 + v) * L));
+}
+
+#define SEGKERNELS_BY_VECTORS(V, CALL) \
+  switch (V) {                         \
+    case 1: CALL(1); break;            \
+    case 2: CALL(2); break;            \
+    case 3: CALL(3); break;            \
+    case 4: CALL(4); break;            \
+    case 5: CALL(5); break;            \
+  }
+
+template <class A>
+void sum_row(const Columns<A>& columns, const std::vector<RowProduct<A>>& products, const A* w, A bias, A* y) {
+  for (int64_t v0 = 0; v0 < columns.vectors; v0 += columns.block) {
+#define SEGKERNELS_SUM(V) sum_vectors<V>(products.data(), products.size(), w, bias, v0, columns.n, y)
+    SEGKERNELS_BY_VECTORS(std::min(columns.block, columns.vectors - v0), SEGKERNELS_SUM)
+#undef SEGKERNELS_SUM
+  }
+}
+
+// -- forward --------------------------------------------------------------------------------------
+
+// Items [first, last) of (image, channel): every rate of that plane. w [R, C, k_h, k_w], bias [R, C], y dense.
+template <class T>
+void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias, T* y, int64_t first, int64_t last) {
+  using A = acc_t<T>;
+  const Geometry& g = f.geometry;
+  const int64_t s = g.columns[0].s, H = g.H_out(), W = g.W_out();
+  std::vector<Columns<A>> columns;
+  for (int64_t rate = 0; rate < g.R; ++rate) columns.emplace_back(g.forward_columns(rate), W);
+  std::vector<A> memory(plane_size(g.H(), g.W(), s)), line(W);
+  RowTap rows[kMaxKernel];
+  std::vector<RowProduct<A>> products;
+  A weights[kMaxKernel * kMaxKernel], shift = 0;
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t image = item / g.C, c = item % g.C;
+    const Plane<A> plane = read_plane(x + image * f.x.sB + c * f.x.sC, f.x.sH, g.H(), g.W(), s, memory.data());
+    for (int64_t rate = 0; rate < g.R; ++rate) {
+      widen_row<A>(w + (rate * g.C + c) * g.taps(), g.taps(), weights);
+      if (bias) widen_row<A>(bias + rate * g.C + c, 1, &shift);
+      T* y_row = y + ((image * g.R + rate) * g.C + c) * H * W;
+      for (int64_t h = 0; h < H; ++h, y_row += W) {
+        const int64_t n_rows = g.forward_rows(rate, h, rows);
+        products.clear();
+        for (int64_t i = 0; i < n_rows; ++i) {
+          const Mask* masks = columns[rate].masks.data();
+          for (const ColumnTap& tap : columns[rate].taps) {
+            const int64_t column = -ceil_div(-tap.source, s), part = tap.source - column * s;
+            products.push_back({plane.data + part * plane.part + rows[i].row * plane.row + column, masks,
+                                rows[i].a * g.kw() + tap.b});
+            masks += columns[rate].vectors;
+          }
+        }
+        if constexpr (std::is_same_v<A, T>) {
+          sum_row(columns[rate], products, weights, shift, y_row);
+        } else {
+          sum_row(columns[rate], products, weights, shift, line.data());
+          narrow_row(line.data(), W, y_row);
+        }
+      }
+    }
+  }
+}
+
+// -- backward -------------------------------------------------------------------------------------
+
+// V vectors of a row of dX, from vector v0 on, and their share of dW: sums[t] += x · dy_t, lane by lane.
+template <int V, class A>
+void backward_vectors(const RowProduct<A>* products, int64_t n_products, const A* w, const A* x, int64_t v0, int64_t n,
+                      A* dx, A* sums) {
+  constexpr int64_t L = Vec<A>::lanes;
+  Vec<A> xs[V], acc[V];
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < V; ++v) {
+    xs[v] = load<A>(x + (v0 + v) * L, lane_range<A>(0, n - (v0 + v) * L));
+    acc[v] = splat(A(0));
+  }
+  for (const RowProduct<A>* t = products; t < products + n_products; ++t) {
+    const Vec<A> wt = splat(w[t->weight]);
+    const A* source = t->source + v0 * L;
+    const Mask* mask = t->masks + v0;
+    Vec<A> sum = load<A>(sums + t->weight * L);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vec<A> dy = load<A>(source + v * L, mask[v]);
+      acc[v] = fma(wt, dy, acc[v], mask[v]);
+      sum = fma(xs[v], dy, sum, mask[v]);
+    }
+    store(sums + t->weight * L, sum);
+  }
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < V; ++v) store(dx + (v0 + v) * L, acc[v], lane_range<A>(0, n - (v0 + v) * L));
+}
+
+template <class A>
+void backward_row(const Columns<A>& columns, const std::vector<RowProduct<A>>& products, const A* w, const A* x, A* dx,
+                  A* sums) {
+  for (int64_t v0 = 0; v0 < columns.vectors; v0 += columns.block) {
+#define SEGKERNELS_BACKWARD(V) \
+  backward_vectors<V>(products.data(), products.size(), w, x, v0, columns.n, dx, sums)
+    SEGKERNELS_BY_VECTORS(std::min(columns.block, columns.vectors - v0), SEGKERNELS_BACKWARD)
+#undef SEGKERNELS_BACKWARD
+  }
+}
+#undef SEGKERNELS_BY_VECTORS
+
+template <class A>
+A sum_plane(const Plane<A>& p, int64_t H, int64_t W) {
+  constexpr int64_t L = Vec<A>::lanes;
+  Vec<A> s = splat(A(0));
+  for (int64_t h = 0; h < H; ++h)
+    for (int64_t i = 0; i < W; i += L) s = s + load<A>(p.data + h * p.row + i, lane_range<A>(0, W - i));
+  return sum(s);
+}
+
+// Items [first, last) of (image, channel): dX, and this image's share of dW [B, R, C, k_h, k_w] and db [B, R, C]; null
+// where not wanted.
+template <class T>
+void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, acc_t<T>* dw, acc_t<T>* db,
+                     int64_t first, int64_t last) {
+  using A = acc_t<T>;
+  constexpr int64_t L = Vec<A>::lanes;
+  const Geometry& g = f.geometry;
+  const int64_t s = g.columns[0].s, H = g.H(), W = g.W(), H_out = g.H_out(), W_out = g.W_out(), n_taps = g.taps();
+  const int64_t dy_size = plane_size(H_out, W_out, 1), part_size = ceil_div(W, s);
+  std::vector<Columns<A>> columns;
+  for (int64_t c = 0; c < s; ++c) columns.emplace_back(g.backward_columns(c), ceil_div(W - c, s));
+  std::vector<A> x_memory(plane_size(H, W, s)), dy_memory(g.R * dy_size), line(W), parts(s * part_size);
+  std::vector<A> weights(g.R * n_taps), sums(g.R * n_taps * L);
+  std::vector<Plane<A>> dys(g.R);
+  std::vector<RowTap> rows(g.R * g.kh());
+  std::vector<RowProduct<A>> products;
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t image = item / g.C, c = item % g.C;
+    Plane<A> plane{};
+    if (dw) plane = read_plane(x + image * f.x.sB + c * f.x.sC, f.x.sH, H, W, s, x_memory.data());
+    for (int64_t rate = 0; rate < g.R; ++rate) {
+      dys[rate] = read_plane(dy + image * f.dy.sB + (rate * g.C + c) * f.dy.sC, f.dy.sH, H_out, W_out, 1,
+                             dy_memory.data() + rate * dy_size);
+      widen_row<A>(w + (rate * g.C + c) * n_taps, n_taps, weights.data() + rate * n_taps);
+      if (db) db[(image * g.R + rate) * g.C + c] = sum_plane(dys[rate], H_out, W_out);
+    }
+    std::fill(sums.begin(), sums.end(), A(0));
+    for (int64_t h = 0; (dx || dw) && h < H; ++h) {
+      const int64_t n_rows = g.backward_rows(h, rows.data());
+      T* dx_row = dx ? dx + ((image * g.C + c) * H + h) * W : nullptr;
+      for (int64_t part = 0; part < s; ++part) {
+        products.clear();
+        for (int64_t i = 0; i < n_rows; ++i) {
+          const Plane<A>& source = dys[rows[i].rate];
+          const Mask* masks = columns[part].masks.data();
+          for (const ColumnTap& tap : columns[part].taps) {
+            if (tap.rate == rows[i].rate)
+              products.push_back({source.data + rows[i].row * source.row + tap.source, masks,
+                                  tap.rate * n_taps + rows[i].a * g.kw() + tap.b});
+            masks += columns[part].vectors;
+          }
+        }
+        A* to = parts.data() + part * part_size;
+        if constexpr (std::is_same_v<A, T>)
+          if (s == 1 && dx) to = dx_row;
+        if (dw)
+          backward_row(columns[part], products, weights.data(), plane.data + part * plane.part + h * plane.row, to,
+                       sums.data());
+        else
+          sum_row(columns[part], products, weights.data(), A(0), to);
+      }
+      if (dx && s > 1) {
+        for (int64_t i = 0; i < W; ++i) line[i] = parts[i % s * part_size + i / s];
+        narrow_row(line.data(), W, dx_row);
+      } else if (dx && !std::is_same_v<A, T>) {
+        narrow_row(parts.data(), W, dx_row);
+      }
+    }
+    if (dw)
+      for (int64_t rate = 0; rate < g.R; ++rate)
+        for (int64_t t = 0; t < n_taps; ++t)
+          dw[((image * g.R + rate) * g.C + c) * n_taps + t] = sum(load<A>(sums.data() + (rate * n_taps + t) * L));
+  }
+}
+
+// out[i] = Σ_b sums[b][i].
+template <class T>
+void add_images(const acc_t<T>* sums, int64_t B, int64_t n, T* out) {
+  using A = acc_t<T>;
+  constexpr int64_t L = Vec<A>::lanes;
+  for (int64_t i = 0; i < n; i += L) {
+    const Mask mask = lane_range<A>(0, n - i);
+    Vec<A> s = splat(A(0));
+    for (int64_t b = 0; b < B; ++b) s = s + load<A>(sums + b * n + i, mask);
+    store(out + i, s, mask);
+  }
+}
+
+}  // namespace SEGKERNELS_ISA
+}  // namespace
+}  // namespace segkernels
