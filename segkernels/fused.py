@@ -87,6 +87,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on; there are devices, such as meta, that it does not know."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class Operator:
     """One declared operator: its raw functions by backend, its reasons, its call."""
 
@@ -187,7 +192,7 @@ class Operator:
         """Autocast casts maps and weights; "wide" arguments are taken in the accumulation type."""
         x = args[0]
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        if _autocasts(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         elif not self._wide:
             return args
@@ -279,7 +284,7 @@ def check_tensors(
             f"{op}: only floating point tensors are supported ({supported}){listing}"
         )
     same = {t.dtype for n, t in given.items() if n in tensors}
-    if len(same) > 1 and not torch.is_autocast_enabled(x.device.type):
+    if len(same) > 1 and not _autocasts(x.device.type):
         raise UnsupportedInputError(
             f"{op}: tensors of different types{listing}"
             f"\n  convert them with .to({first}.dtype), or use torch.autocast"

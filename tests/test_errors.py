@@ -92,6 +92,12 @@ def test_an_empty_batch_works(function: Any) -> None:
     assert x.grad is not None and x.grad.shape == x.shape
 
 
+def test_meta_tensors_have_shapes() -> None:
+    assert separable(
+        x=X.to("meta"), depthwise_weight=W.to("meta"), pointwise_weight=V.to("meta")
+    ).shape == (2, 3, 6, 5)
+
+
 def test_a_backend_that_cannot_run_is_refused_with_every_reason() -> None:
     with pytest.raises(segkernels.BackendUnavailableError) as refused:
         depthwise(weight=torch.zeros(4, 1, 9, 9), backend="triton")
