@@ -80,7 +80,7 @@ def train(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
                     f"the loss became {losses[-1]} at step {step}\n"
@@ -103,18 +103,18 @@ def _batches(
             epoch = iter(loader)
         images, labels = next(epoch)
         if recipe.flip:
-            ways = torch.randint(8, (), generator=generator).item()
+            ways = int(torch.randint(8, (), generator=generator))
             images, labels = _mirror(images, ways), _mirror(labels, ways)
         yield images, labels
 
 
-def _mirror(maps: Tensor, ways: float) -> Tensor:
+def _mirror(maps: Tensor, ways: int) -> Tensor:
     """One of the eight symmetries of the square (four of a map that is not square)."""
-    if int(ways) & 1:
+    if ways & 1:
         maps = maps.flip(-1)
-    if int(ways) & 2:
+    if ways & 2:
         maps = maps.flip(-2)
-    return maps.mT if int(ways) & 4 and maps.shape[-1] == maps.shape[-2] else maps
+    return maps.mT if ways & 4 and maps.shape[-1] == maps.shape[-2] else maps
 
 
 @torch.no_grad()

@@ -51,12 +51,12 @@ PALETTE = torch.tensor(
 )
 
 OBJECTS = 5  # shapes per scene; the later ones hide the earlier ones
-RADIUS = (10.0, 18.0)  # pixels
-PERIOD = (4.0, 16.0)  # pixels per stripe pair
+RADIUS = (12.0, 20.0)  # pixels
+PERIOD = (4.0, 18.0)  # pixels per stripe pair
 HUE = np.array([0, 0.0, 0.0, 0.45, 0.57, 0.8, 0.22, 0.34])
 HUE_SPREAD = 0.08
 OVERLAP = 0.03  # see above
-NOISE = 0.06  # standard deviation of the pixel noise, on a scale of 0 to 1
+NOISE = 0.05  # standard deviation of the pixel noise, on a scale of 0 to 1
 
 
 class Scenes(NamedTuple):
@@ -121,7 +121,7 @@ def _paint(o: _Objects, k: int, grain: np.ndarray) -> tuple[np.ndarray, np.ndarr
     outside = np.select(
         [of("shape") == 0, of("shape") == 1],
         [r - radius, np.maximum(np.abs(a), np.abs(b)) - square],
-        np.maximum(np.abs(a) / 1.3, np.abs(b) * 2.3) - square,
+        np.maximum(np.abs(a) / 1.3, np.abs(b) * 2.0) - square,
     )
     omega, phase = (2 * np.pi / of("period")).astype(np.float32), of("phase").astype(np.float32)
     label = of("label")

@@ -17,6 +17,7 @@ from segkernels.tolerance import verdict
 
 FUSED, EAGER, LAST, COMPILED = "fused", "eager", "eager channels_last", "torch.compile"
 RATE = 12
+CLEAR = 2e-6  # far above the rounding of a float32 near 1, seldom hit by 70 000 of them
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Contest:
     x: Tensor  # [B, C, H, W]
     backward: bool  # forward and backward in training mode, or the forward alone for inference
 
+    @property
+    def work(self) -> str:
+        _, channels, height, width = self.x.shape
+        mode = "forward + backward" if self.backward else "inference"
+        return f"C {channels}, {height}x{width}, {mode}"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -36,12 +43,13 @@ class Check:
 
     name: str
     forward: float
-    gradient: float
-    allowed: tuple[float, float]  # forward, gradient
+    gradient: float | None  # None: not compared
+    allowed: tuple[float, float | None]
 
     @property
     def holds(self) -> bool:
-        return self.forward <= self.allowed[0] and self.gradient <= self.allowed[1]  # not for NaN
+        pairs = ((self.forward, self.allowed[0]), (self.gradient, self.allowed[1]))
+        return all(got <= limit for got, limit in pairs if got is not None and limit is not None)
 
 
 @dataclass(frozen=True)
@@ -49,23 +57,22 @@ class Times:
     """Seconds and peak bytes of one call by contender; a contender that cannot run is left out."""
 
     name: str
+    work: str
     seconds: dict[str, float]
     ratio: float  # the fastest of the others over ours, by pairs of one round
     peak: dict[str, int]
 
 
 def contests(device: str, backend: str | None, small: bool) -> list[Contest]:
-    """Depthwise and separable 3x3 at rate 12 on the map of a DeepLab context module (output stride 8)."""
+    """Depthwise and separable 3x3 at rate 12, on the map of a DeepLab context module or a small one."""
     channels, side = (64, 33) if small else (256, 65)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, channels, side, side, generator=generator).to(device)
+    x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
     for kind, build in (("depthwise", _depthwise), ("separable", _separable)):
         ours, plain = (m.to(device) for m in build(channels, backend))
         plain.load_state_dict(ours.state_dict())
-        for backward, work in ((False, "inference"), (True, "forward + backward")):
-            name = f"{kind} 3x3, rate {RATE}, C {channels}, {side}x{side}: {work}"
-            rows.append(Contest(name, ours, plain, x, backward))
+        for backward in (False, True):
+            rows.append(Contest(f"{kind} 3x3, rate {RATE}", ours, plain, x, backward))
     return rows
 
 
@@ -92,20 +99,42 @@ def check(contest: Contest) -> Check:
     """Result and gradients of ours and of plain PyTorch in float32, both against plain PyTorch in float64.
 
     Held to the law of tolerance (`segkernels.tolerance`); the longest sums, those of the weights' gradients, are over all
-    pixels.
+    pixels. A ReLU's gradient jumps at 0, where rounding decides the side: the input is one that stays clear of it.
     """
-    x = contest.x
-    y = contest.plain(x)
-    cotangent = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
     twin = copy.deepcopy(contest.plain).double()
+    x = next(x for x in _inputs(contest.x) if _clearance(twin, x) > CLEAR)
+    cotangent = torch.randn_like(contest.plain(x))
     results = [_results(m, x, cotangent) for m in (contest.ours, contest.plain)]
     truth = _results(twin, x.double(), cotangent.double())
     pixels = x.numel() // x.shape[1]
     verdicts = [verdict(*each, x.dtype, pixels) for each in zip(*results, truth, strict=True)]
     (forward, allowed), *gradients = verdicts
     gradient, allowed_gradient = max(gradients, key=lambda v: v[0] / v[1])
-    name = contest.name.split(":")[0]
-    return Check(name, forward, gradient, (allowed, allowed_gradient))
+    return Check(contest.name, forward, gradient, (allowed, allowed_gradient))
+
+
+def _inputs(like: Tensor) -> Iterator[Tensor]:
+    """The contest's input, then others of its kind."""
+    generator = torch.Generator().manual_seed(1)
+    x = like
+    while True:
+        yield x
+        x = torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def _clearance(twin: nn.Module, x: Tensor) -> float:
+    """The smallest magnitude that enters a ReLU; infinite where there is none."""
+    seen = [torch.tensor(torch.inf)]
+    hooks = [
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().min()))
+        for part in twin.modules()
+        if isinstance(part, nn.ReLU)
+    ]
+    with torch.no_grad():
+        twin.train()(x.double())
+    for hook in hooks:
+        hook.remove()
+    return float(torch.stack([s.cpu().double() for s in seen]).min())
 
 
 def _results(module: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
@@ -124,6 +153,7 @@ def times(contest: Contest, compiled: bool, budget: float) -> Times:
     best = min(others, key=lambda name: run[name].median)
     return Times(
         contest.name,
+        contest.work,
         {name: run[name].median for name in calls},
         run.ratio(best, FUSED).median,
         {name: memory_of(call, contest.x.device).peak for name, call in calls.items()},
