@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table. rich minds NO_COLOR and a missing terminal by itself."""
+    """Print a table; plain where there is no terminal, since rich would fold it to 80 columns."""
+    if not sys.stdout.isatty():
+        print(_plain(title, header, rows))
+        return
     try:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console

@@ -189,6 +189,8 @@ class Operator:
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
+        elif not self._wide:
+            return args
         wide = accumulation_dtype(dtype)
 
         def cast(name: str, value: Any) -> Any:
@@ -196,7 +198,7 @@ class Operator:
                 return value
             if name in self._wide:
                 return value.to(wide)
-            return value.to(dtype) if dtype != x.dtype or value.dtype != dtype else value
+            return value if value.dtype == dtype else value.to(dtype)
 
         return tuple(cast(n, a) for n, a in zip(self.arguments, args, strict=True))
 
@@ -260,6 +262,9 @@ def check_tensors(
                 f"{op}: {name} must be a tensor\n  {name}: {type(t).__name__}"
             )
     first, x = next(iter(given.items()))
+    device, dtype = x.device, x.dtype
+    if dtype in DTYPES and all(t.device == device and t.dtype == dtype for t in given.values()):
+        return
     listing = "".join(
         f"\n  {n:<18}{str(t.dtype).removeprefix('torch.'):<10}{t.device}" for n, t in given.items()
     )
@@ -348,7 +353,6 @@ def _why_not_triton(package: str, device: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _choose(
     package: str, device: str, dtype: torch.dtype, limit: str | None, requested: str | None
 ) -> str:
@@ -356,6 +360,10 @@ def _choose(
     requested = requested or os.environ.get("SEGKERNELS_BACKEND") or "auto"
     strict = os.environ.get("SEGKERNELS_STRICT") == "1"
     return _decide(package, device, dtype, limit, requested, strict)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo (and Triton).
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache  # decided, and warned about, once

@@ -1,8 +1,9 @@
 """The one timer: how long calls take against each other, and what they keep in memory.
 
-Speed is a comparison, so the calls that are compared run in turns (A B C, A B C, ...) in one
+Speed is a comparison, so the calls that are compared run in turns (A B C, B C A, ...) in one
 process with one pinned thread count: a slow second of the machine falls on all of them, and a ratio
-is taken round by round before its median is.
+is taken round by round before its median is. On the CPU a short call is made once untimed at the
+start of its turn, so that it finds its own data in the caches and not its predecessor's.
 
     run = interleave({"ours": lambda: f(x), "eager": lambda: g(x), "copy": copy_of(nbytes)})
     run["ours"].median              # seconds per call
@@ -32,6 +33,7 @@ Clock = Callable[[], float]
 
 LOW, HIGH = 0.2, 0.8  # the quantiles that stand for the spread
 TURN = 2e-3  # seconds of work in one turn; shorter calls are repeated within it
+WARMED = 20e-3  # seconds; a call shorter than this is made once untimed at the start of a turn
 MAX_CALLS = 1000  # calls in one turn
 
 
@@ -115,8 +117,8 @@ def interleave(
 
     Rounds are repeated, at least `rounds[0]` and at most `rounds[1]` of them, until every median is
     known to `precision` (half the width of its 95 % interval, relative) or `budget` seconds are
-    spent after the warm-up. A call given as a sequence is a set of variants (the same work on other inputs)
-    taken in turn. `threads` pins PyTorch's intra-op threads for the duration.
+    spent after the warm-up. A call given as a sequence is a set of variants (the same work on other
+    inputs) taken in turn. `threads` pins PyTorch's intra-op threads for the duration.
     """
     variants = {name: [call] if callable(call) else list(call) for name, call in calls.items()}
     with _pinned(threads) as pinned, _collector_paused(), side_stream(device):
@@ -124,8 +126,8 @@ def interleave(
         samples: dict[str, list[float]] = {name: [] for name in turns}
         start = clock()
         for done in range(1, rounds[1] + 1):
-            for name, turn in turns.items():
-                samples[name].append(turn.seconds())
+            for name in _rotated(list(turns), done):
+                samples[name].append(turns[name].seconds())
             settled = done >= rounds[0] and all(
                 _half_width(s) <= precision for s in samples.values()
             )
@@ -205,12 +207,12 @@ def side_stream(device: torch.device | str) -> Iterator[None]:
 class _WallTurn:
     """One turn of a call: its sequence of calls under the wall clock."""
 
-    kind = "wall"
-
-    def __init__(self, sequence: list[Call], clock: Clock) -> None:
-        self.sequence, self.clock = sequence, clock
+    def __init__(self, sequence: list[Call], clock: Clock, warm: bool) -> None:
+        self.sequence, self.clock, self.warm = sequence, clock, warm
 
     def seconds(self) -> float:
+        if self.warm:
+            self.sequence[-1]()
         start = self.clock()
         for call in self.sequence:
             call()
@@ -239,24 +241,39 @@ class _CudaTurn:
 def _turns(
     variants: Mapping[str, list[Call]], device: torch.device, clock: Clock
 ) -> tuple[dict[str, Any], str]:
-    """Warm every call up, choose how often each is repeated in a turn, and capture where possible."""
+    """Warm every call up, choose how often each is repeated in a turn; capture where possible."""
     cuda = device.type == "cuda"
-    sequences = {}
+    sequences, seconds = {}, {}
     for name, calls in variants.items():
         for call in calls:
             call()
-        once = _CudaTurn(calls, None) if cuda else _WallTurn(calls, clock)
-        seconds = min(once.seconds() for _ in range(3))
-        repeats = math.ceil(TURN / max(seconds * len(calls), 1e-9))
+        once = _CudaTurn(calls, None) if cuda else _WallTurn(calls, clock, warm=False)
+        seconds[name] = _estimate(once, clock)
+        repeats = math.ceil(TURN / max(seconds[name] * len(calls), 1e-9))
         sequences[name] = calls * max(1, min(repeats, MAX_CALLS // len(calls)))
     if not cuda:
-        return {name: _WallTurn(s, clock) for name, s in sequences.items()}, "wall"
+        return {n: _WallTurn(s, clock, seconds[n] < WARMED) for n, s in sequences.items()}, "wall"
     try:
         graphs = {name: _captured(s, device) for name, s in sequences.items()}
     except RuntimeError:  # one that cannot be captured: all are launched, or the ratio is not fair
         torch.cuda.synchronize(device)
         return {name: _CudaTurn(s, None) for name, s in sequences.items()}, "events"
     return {name: _CudaTurn(s, graphs[name]) for name, s in sequences.items()}, "graph"
+
+
+def _estimate(turn: _WallTurn | _CudaTurn, clock: Clock) -> float:
+    """Seconds of a call: the fastest of three, of one where three take long."""
+    start, fastest = clock(), math.inf
+    for _ in range(3):
+        fastest = min(fastest, turn.seconds())
+        if clock() - start > 10 * TURN:
+            break
+    return fastest
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    by %= len(names)
+    return names[by:] + names[:by]
 
 
 def _captured(sequence: list[Call], device: torch.device) -> torch.cuda.CUDAGraph:
@@ -306,7 +323,7 @@ def _quantile(samples: Sequence[float], q: float) -> float:
 
 
 def _half_width(samples: Sequence[float]) -> float:
-    """Half the distribution-free 95 % interval of the median (order statistics n/2 ± √n), relative."""
+    """Half the 95 % interval of the median (order statistics n/2 ± 0.98 √n), relative to it."""
     ordered, n = sorted(samples), len(samples)
     reach = 0.98 * math.sqrt(n)
     low = ordered[max(math.floor(n / 2 - reach), 0)]

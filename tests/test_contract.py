@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch.utils._python_dispatch
 from torch import Tensor
 
 import segkernels

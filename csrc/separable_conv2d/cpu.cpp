@@ -68,7 +68,16 @@ template <class T>
 T* data_or_null(const Tensor& t) {
   return t.numel() ? mutable_data<T>(t) : nullptr;
 }
-Optional contiguous(const Optional& t) { return t ? Optional(contiguous(*t)) : std::nullopt; }
+Optional dense_if(const Optional& t) { return t ? Optional(dense(*t)) : std::nullopt; }
+
+// `t` itself where it lies in memory as a new map would, else a copy.
+Tensor as_dense(const Tensor& t, bool channels_last) {
+  const Map m = map_of(t);
+  const int64_t pixel = channels_last ? m.C : 1, plane = channels_last ? 1 : m.H * m.W;
+  const bool lies = (m.C == 1 || m.sC == plane) && (m.W == 1 || m.sW == pixel) && (m.H == 1 || m.sH == m.W * pixel) &&
+                    (m.B == 1 || m.sB == m.C * m.H * m.W);
+  return lies || t.numel() == 0 ? t : torch::stable::contiguous(t, format_of(channels_last));
+}
 
 // What forward and backward share: the depthwise plan, sizes, and checks that keep memory safe.
 struct Operands {
@@ -82,12 +91,12 @@ struct Operands {
   Operands(const Tensor& given_x, const Tensor& given_w, const Tensor& given_v, const Optional& g1, const Optional& b1,
            const Optional& g2, const Optional& b2, const Ints& stride, const Ints& padding, const Ints& dilation)
       : x(dense_x(given_x)),
-        w(contiguous(given_w)),
-        v(contiguous(given_v)),
-        gamma1(contiguous(g1)),
-        beta1(contiguous(b1)),
-        gamma2(contiguous(g2)),
-        beta2(contiguous(b2)),
+        w(dense(given_w)),
+        v(dense(given_v)),
+        gamma1(dense_if(g1)),
+        beta1(dense_if(b1)),
+        gamma2(dense_if(g2)),
+        beta2(dense_if(b2)),
         plan(geometry_of(map_of(x), w, stride, padding, dilation), map_of(x), x.element_size()) {
     const Geometry& g = plan.geometry;
     STD_TORCH_CHECK(v.dim() == 3 && v.size(0) == g.R && v.size(2) == g.C, "separable_conv2d: v must be [R, D, C]");
@@ -270,13 +279,13 @@ Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o,
     const Map m = map_of(t);
     STD_TORCH_CHECK(m.B == s.B && m.C == RD && m.H == s.H_out && m.W == s.W_out && t.scalar_type() == in.x.scalar_type(),
                     "separable_conv2d_backward: dy, y and o must have the output's sizes and x's type");
-    return dense(t, s.channels_last);
+    return as_dense(t, s.channels_last);
   };
   dy = as_map(dy);
   if (eps2) o = as_map(*o);
   const bool masked = !eps2 && act2 != "none";
   if (masked) y = as_map(*y);
-  mean1 = contiguous(mean1), var1 = contiguous(var1), mean2 = contiguous(mean2), var2 = contiguous(var2);
+  mean1 = dense(mean1), var1 = dense(var1), mean2 = dense(mean2), var2 = dense(var2);
   STD_TORCH_CHECK((!eps1 || (mean1.numel() == RC && var1.numel() == RC)) && (!eps2 || (mean2.numel() == RD && var2.numel() == RD)),
                   "separable_conv2d_backward: mean and var need one number per channel");
 

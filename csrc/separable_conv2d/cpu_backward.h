@@ -46,7 +46,7 @@ void backward(const Call<T>& call, int64_t first, int64_t last) {
   const Partial<kLast, A> sum_g{memory.take<A>(sums)}, sum_gn{memory.take<A>(sums)};
   A* dv = memory.take<A>(dv_size);
   char *left_scratch = memory.take<char>(left), *right_scratch = memory.take<char>(right);
-  const typename E::Session session;
+  [[maybe_unused]] const typename E::Session session;
 
   for (int64_t item = first; item < last; ++item) {
     const int64_t group = item % groups, chunk = item / groups % s.chunks(), rate = item / groups / s.chunks();

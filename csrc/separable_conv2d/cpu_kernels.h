@@ -33,31 +33,43 @@ void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t
   using A = acc_t<T>;
   const ForwardPlan& f = *call.plan;
   const Geometry& g = f.geometry;
-  const int64_t W = call.sizes.W_out, s = g.columns[0].s, line = plane_size(1, g.W(), s);
+  const int64_t W = call.sizes.W_out, s = g.columns[0].s, line = plane_size(1, g.W(), s), part = ceil_div(g.W(), s);
   const bool in_place = std::is_same_v<A, T> && s == 1;
-  const std::vector<ColumnTap> columns = g.forward_columns(rate);
-  std::vector<A> memory(in_place ? 0 : kMaxKernel * line);
+  std::vector<A> memory(in_place ? 0 : kMaxKernel * line), sums(W);
   A weights[kMaxKernel * kMaxKernel];
   for (int64_t p = tile.first; p < tile.last;) {
     const int64_t h = p / W, first = p % W, last = std::min(W, first + tile.last - p);
-    const Blocks<A> blocks(columns, first, last);
     RowTap rows[kMaxKernel];
     const int64_t n_rows = g.forward_rows(rate, h, rows);
+    std::vector<ColumnTap> taps;  // of the positions from `first` on
+    for (const ColumnTap& t : g.forward_columns(rate))
+      taps.push_back({t.rate, t.b, t.source + s * first, t.begin - first, t.end - first});
+    const Columns<A> columns(taps, last - first);
+    std::vector<int64_t> offsets;
+    std::vector<RowProduct<A>> products;
+    for (int64_t i = 0; i < n_rows; ++i)
+      for (size_t t = 0; t < taps.size(); ++t) {
+        const int64_t column = -ceil_div(-taps[t].source, s), residue = taps[t].source - column * s;  // floor
+        offsets.push_back(in_place ? rows[i].row * f.x.sH + taps[t].source : i * line + residue * part + column);
+        products.push_back({nullptr, columns.masks.data() + t * columns.vectors, rows[i].a * g.kw() + taps[t].b});
+      }
     for (int64_t c = c0; c < c1; ++c) {
       const T* x = call.x + tile.image * f.x.sB + c * f.x.sC;
-      Plane<A> plane{memory.data(), line, ceil_div(g.W(), s)};
-      RowTap taps[kMaxKernel];
-      for (int64_t i = 0; i < n_rows; ++i) {
-        taps[i] = rows[i];
-        if (in_place) continue;
-        read_plane(x + rows[i].row * f.x.sH, f.x.sH, 1, g.W(), s, memory.data() + i * line);
-        taps[i].row = i;
-      }
+      const A* base = memory.data();
       if constexpr (std::is_same_v<A, T>)
-        if (in_place) plane = {x, f.x.sH, 0};
+        if (in_place) base = x;
+      if (!in_place)
+        for (int64_t i = 0; i < n_rows; ++i)
+          read_plane(x + rows[i].row * f.x.sH, f.x.sH, 1, g.W(), s, memory.data() + i * line);
+      for (size_t i = 0; i < products.size(); ++i) products[i].source = base + offsets[i];
       widen_row<A>(call.w + (rate * g.C + c) * g.taps(), g.taps(), weights);
-      forward_blocks(plane, taps, n_rows, columns, s, g.kw(), weights, A(0), blocks, last,
-                     d.p + (c - c0) * d.step + (p - tile.first) - first);
+      T* to = d.p + (c - c0) * d.step + (p - tile.first);
+      if constexpr (std::is_same_v<A, T>) {
+        sum_row(columns, products, weights, A(0), to);
+      } else {
+        sum_row(columns, products, weights, A(0), sums.data());
+        narrow_row(sums.data(), last - first, to);
+      }
     }
     p += last - first;
   }
@@ -194,7 +206,7 @@ void forward(const Call<T>& call, int64_t first, int64_t last) {
   A* tile_mean = memory.take<A>(s.D + 64);
   const Partial<kLast, A> partial{memory.take<A>(round_up(s.D, 32) * 64 / sizeof(A))};
   char* products = memory.take<char>(scratch);
-  const typename E::Session session;
+  [[maybe_unused]] const typename E::Session session;
 
   for (int64_t group = first; group < last; ++group) {
     const int64_t begin = group * s.tiles() / s.forward_groups(), end = (group + 1) * s.tiles() / s.forward_groups();
