@@ -4,9 +4,9 @@ A scene is a smooth background under a pile of shapes that hide one another, lit
 Scene `i` of seed `s` is the same picture on every machine: its random numbers are the Philox stream of key (s, i), and
 the picture is rounded to 8 bits.
 
-What tells the classes apart. Colours are drawn from one distribution for every class and tell nothing. `fine` and
-`broad` stripes, `checks`, `rings` and `speckle` are textures on any of three shapes (disc, square, bar): a few pixels
-suffice. `disc` and `square` are plain: only the outline, up to 2·RADIUS[1] pixels away, tells one from the other.
+What tells the classes apart. Every class has a range of hues, and the ranges overlap: colour suggests, form decides.
+`fine` and `broad` stripes (of one colour), `checks`, `rings` and `speckle` are textures on any of three outlines (disc,
+square, bar); `disc` and `bar` are plain, and only an outline up to 2·RADIUS[1] pixels wide tells one from the other.
 
 The ceiling. Fine and broad stripes overlap on purpose. With t the position of the stripe period between its extremes
 (period = PERIOD[0]·(PERIOD[1]/PERIOD[0])ᵗ),
@@ -50,12 +50,12 @@ PALETTE = torch.tensor(
     dtype=torch.uint8,
 )
 
-OBJECTS = 5  # shapes per scene; the later ones hide the earlier ones
+OBJECTS = 4  # shapes per scene; the later ones hide the earlier ones
 RADIUS = (12.0, 20.0)  # pixels
 PERIOD = (4.0, 18.0)  # pixels per stripe pair
-HUE = np.array([0, 0.0, 0.0, 0.45, 0.57, 0.8, 0.22, 0.34])
-HUE_SPREAD = 0.08
-OVERLAP = 0.03  # see above
+HUE = np.array([np.nan, 0.0, 0.0, 0.45, 0.57, 0.8, 0.22, 0.35])  # by class, in turns
+HUE_SPREAD = 0.08  # to either side
+OVERLAP = 0.03  # of the stripes' periods, see above
 NOISE = 0.05  # standard deviation of the pixel noise, on a scale of 0 to 1
 
 

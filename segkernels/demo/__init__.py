@@ -27,7 +27,7 @@ from segkernels.progress import Progress
 from segkernels.train import Recipe, evaluate, predict, train
 
 SIZE = 64  # pixels of a training scene
-FLOOR = {False: 0.85, True: 0.45}  # mIoU over its ceiling that must be reached; True: --quick
+FLOOR = {False: 0.80, True: 0.30}  # mIoU over its ceiling that must be reached; True: --quick
 PICTURE = (96, 128)  # pixels of the scenes in the picture
 
 

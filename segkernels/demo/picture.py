@@ -58,7 +58,7 @@ def gallery(
         colour = tuple(palette[number].tolist())
         pen.rectangle((x, legend + 5, x + 13, legend + 18), colour, INK)
         pen.text((x + 19, legend + 4), name, INK, font)
-    sheet.save(path, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _tile(tile: Tensor, palette: Tensor) -> Image.Image:
