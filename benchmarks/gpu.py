@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.environment import environment, machine
+from segkernels.native import build_info
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 520.0  # seconds: below nine minutes with the start of Python and the writing
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--budget", type=float, default=BUDGET, help="seconds (default %(default)s)"
     )
     options = parser.parse_args(arguments)
-    deadline = time.monotonic() + options.budget
+    since, deadline = time.time(), time.monotonic() + options.budget
     outcomes = [run(build_stage(), deadline)]
     if not torch.cuda.is_available():
         print("error: torch sees no CUDA device, and all that follows needs one", file=sys.stderr)
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             if outcomes[-1].status == "interrupted":
                 break
             outcomes.append(run(stage, deadline))
-    numbers, text = write(options.out, outcomes)
+    numbers, text = write(options.out, outcomes, since)
     print(
         "\n"
         + "\n".join(f"{o.name:<22}{o.status:<14}{o.seconds:5.0f} s  {o.detail}" for o in outcomes)
@@ -164,20 +165,20 @@ def detail(stage: Stage) -> str:
     return f"{passed} passed, {skipped} skipped, {len(failed)} failed{names}"
 
 
-def write(out: Path, outcomes: list[Outcome]) -> tuple[Path, Path]:
-    """Add the stages to the benchmarks' report of today, or write one that has nothing else."""
+def write(out: Path, outcomes: list[Outcome], since: float) -> tuple[Path, Path]:
+    """Add the stages to the report that the benchmarks wrote after `since`, or to an empty one."""
     stem = datetime.now(timezone.utc).date().isoformat()
     folder = out / machine("cuda")
     folder.mkdir(parents=True, exist_ok=True)
     numbers, text = folder / f"{stem}.json", folder / f"{stem}.md"
-    measured = any(o.name == "benchmarks" for o in outcomes) and numbers.exists()
-    content = json.loads(numbers.read_text()) if measured else {}
+    content, before = {}, f"# {machine('cuda')}, {stem}\n"
+    if numbers.exists() and numbers.stat().st_mtime >= since:
+        content, before = json.loads(numbers.read_text()), text.read_text(encoding="utf-8")
     content.setdefault("environment", environment("cuda", torch.get_num_threads()))
-    content["stages"] = [asdict(outcome) for outcome in outcomes]
+    content |= {"stages": [asdict(outcome) for outcome in outcomes], "build": build_info()}
     numbers.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     rows = "".join(f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.detail} |\n" for o in outcomes)
     table = f"\n## Stages of `make gpu`\n\n| stage | outcome | s | |\n|---|---|---|---|\n{rows}"
-    before = text.read_text(encoding="utf-8") if measured else f"# {machine('cuda')}, {stem}\n"
     text.write_text(before + table, encoding="utf-8")
     return numbers, text
 

@@ -234,9 +234,13 @@ def _run_plain(todo: list[Step], work: Path, jobs: int) -> None:
 
 
 def _check(code: int, log: Path) -> None:
-    if code:
-        tail = "\n".join(f"  {line}" for line in log.read_text().splitlines()[-20:])
-        raise BuildError(f"the native build failed\n{tail}\n  whole log: {log}")
+    """Raise with twenty lines of the log: from the first error on, else the last ones."""
+    if code == 0:
+        return
+    lines = log.read_text().splitlines()
+    first = next((n for n, line in enumerate(lines) if re.search(r"\berror\b", line)), -20)
+    shown = "\n".join(f"  {line}" for line in lines[first:][:20])
+    raise BuildError(f"the native build failed\n{shown}\n  whole log: {log}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -335,10 +335,19 @@ def _reasons(
     supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
     kind = None if dtype in DTYPES else f"{dtype} is not supported (supported: {supported})"
     return {
-        "native": kind or limit or native.why_not(device),
+        "native": kind or limit or _why_not_native(package, device),
         "triton": kind or limit or _why_not_triton(package, device),
         "reference": None,
     }
+
+
+def _why_not_native(package: str, device: str) -> str | None:
+    name = package.rsplit(".", 1)[-1]
+    if reason := native.why_not(device):
+        return reason
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"segkernels::{name}", device.upper()):
+        return None
+    return f"the native library for {device} was built without {name}: python -m segkernels build"
 
 
 def _why_not_triton(package: str, device: str) -> str | None:

@@ -6,7 +6,7 @@ known by the qualified name of their class, so nothing is imported; the forward 
 of the same name in :mod:`segkernels.compat`, which reads the layer's own children.
 
 Order of wrapping: patch, then SyncBatchNorm conversion, then DDP or FSDP, then ``torch.compile``. A
-copied model stays patched, an unpickled one comes back unpatched.
+copied or unpickled model stays patched.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkernels.nn.pair import depthwise_obstacle
-
 MARK = "_segkernels_patch"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A published class: where its forward is, the children that it reads, and what it cannot do."""
+    """A published class: where its forward is, the children it reads, and what it cannot do."""
 
     face: str
     children: tuple[str, ...] = ()
@@ -208,6 +206,8 @@ def _obstacle(module: nn.Module, published: type, layer: Layer) -> str | None:
 
 def _no_depthwise(module: nn.Module) -> str | None:
     """Why there is nothing to fuse in a layer; None if there is."""
+    from segkernels.nn.pair import depthwise_obstacle  # here: importing segkernels stays quick
+
     convs = [m for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels]
     obstacles = [depthwise_obstacle(conv) for conv in convs]
     if None in obstacles:

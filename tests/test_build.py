@@ -285,8 +285,9 @@ class TestCompiling:
         assert "[3/3] _native_cpu.so" in out
         assert re.search(r"built _native_cpu.so in \d+\.\d s", out)
 
-    def test_a_failure_shows_the_end_of_the_log(self, plan, tree) -> None:
-        (tree.csrc / "toy" / "cpu.cpp").write_text("int toy() { return missing; }\n")
+    def test_a_failure_shows_the_error_and_the_log(self, plan, tree) -> None:
+        warnings = "".join(f"int f{n}(int unused) {{ return 1; }}\n" for n in range(30))
+        (tree.csrc / "toy" / "cpu.cpp").write_text(f"int a = missing;\n{warnings}")
         with pytest.raises(BuildError, match="missing") as raised:
             building.build(plan)
         text = str(raised.value)

@@ -7,24 +7,12 @@ what a GPU would be given: the same signature, specialisation, block shapes and 
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
 
-import segkernels.ops as ops

@@ -18,12 +18,11 @@ parts of a fused pair.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import groupby
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkernels.nn.pair import Pad, Stage, call, hooked, kind, match
+from segkernels.nn.pair import Pad, Pair, Stage, call, hooked, kind, match
 
 
 def run(x: Tensor, layers: Iterable[Stage | None], *, backend: str | None = None) -> Tensor:
@@ -48,24 +47,39 @@ def side_by_side(
     one call, which reads x once.
     """
     chains = [leaves(branch) for branch in branches]
-    pairs = [match(chain) if _fusible(x) else None for chain in chains]
+    pairs = [match(stages) if _fusible(x) else None for stages in chains]
     outputs: list[Tensor] = []
-    for _, group in groupby(range(len(chains)), key=lambda i: kind(pairs[i]) or (i,)):
-        members = list(group)
-        together = [pair for i in members if (pair := pairs[i]) is not None]
-        if not together:
-            outputs += [run(x, chains[i], backend=backend) for i in members]
+    at = 0
+    while at < len(chains):
+        if pairs[at] is None:
+            outputs.append(run(x, chains[at], backend=backend))
+            at += 1
             continue
+        together, rests = _neighbours(pairs, chains, at)
         y = call(x, together, backend)  # [B, R·D, H', W']
-        rests = [chains[i][pair.length :] for i, pair in zip(members, together, strict=True)]
         if any(rests):
+            parts = y.chunk(len(rests), 1)
             outputs += [
-                run(part, rest, backend=backend)
-                for part, rest in zip(y.chunk(len(rests), 1), rests, strict=True)
+                run(part, rest, backend=backend) for part, rest in zip(parts, rests, strict=True)
             ]
         else:
             outputs.append(y)
+        at += len(together)
     return outputs
+
+
+def _neighbours(
+    pairs: list[Pair | None], chains: list[list[Stage]], at: int
+) -> tuple[list[Pair], list[list[Stage]]]:
+    """The pairs from ``at`` on that share a call, and what is left of their chains behind them."""
+    together: list[Pair] = []
+    rests: list[list[Stage]] = []
+    for pair, stages in zip(pairs[at:], chains[at:], strict=True):
+        if pair is None or (together and (kind(pair) is None or kind(pair) != kind(together[0]))):
+            break
+        together.append(pair)
+        rests.append(stages[pair.length :])
+    return together, rests
 
 
 def leaves(layers: Iterable[Stage | None]) -> list[Stage]:

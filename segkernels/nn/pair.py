@@ -131,11 +131,9 @@ def _norm_and_activation(
     return norm, activation, at
 
 
-def kind(pair: Pair | None) -> tuple[object, ...] | None:
-    """What pairs over one input must have in common to share a call; None for a pair that runs
-    alone.
-    """
-    if pair is None or pair.padding != _same(pair.depthwise):
+def kind(pair: Pair) -> tuple[object, ...] | None:
+    """What pairs over one input have in common that share a call; None for one that runs alone."""
+    if pair.padding != _same(pair.depthwise):
         return None
 
     def norm_kind(norm: nn.BatchNorm2d | None) -> tuple[object, ...] | None:

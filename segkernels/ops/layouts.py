@@ -7,38 +7,30 @@ the batch size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from segkernels.fused import accumulation_dtype, memory_format
+
 # (center, scale, shift) of (t − center)·scale + shift, per channel; a None is left out
 Normaliser = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
-def accumulation_type(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def triton_type(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def triton_type(x: torch.Tensor) -> tl.dtype:
+    """The type that sums over elements of x are kept in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """PyTorch's own reading of the strides (c10/core/MemoryFormat.h, is_channels_last_strides_2d)."""
-    if x.stride(1) == 0:
-        return False
-    least = 0
-    for axis in (1, 3, 2, 0):
-        size, stride = x.size(axis), x.stride(axis)
-        if size == 0 or stride < least or (axis == 0 and least == x.stride(1)):
-            return False
-        least = stride * max(size, 1)
-    return True
+    return memory_format(x) == torch.channels_last
 
 
-def memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+def dense(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return t.contiguous(memory_format=layout)
 
 
 def readable(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -46,7 +38,7 @@ def readable(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     axis = 1 if channels_last else 3
     if t.size(axis) == 1 or t.stride(axis) in (0, 1):
         return t
-    return t.contiguous(memory_format=memory_format(channels_last))
+    return dense(t, channels_last)
 
 
 def pixel_map(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -54,7 +46,7 @@ def pixel_map(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     t = readable(t, channels_last)
     if t.size(2) == 1 or t.stride(2) == t.size(3) * t.stride(3):
         return t
-    return t.contiguous(memory_format=memory_format(channels_last))
+    return dense(t, channels_last)
 
 
 def map_strides(t: torch.Tensor) -> tuple[int, int, int]:
@@ -62,36 +54,26 @@ def map_strides(t: torch.Tensor) -> tuple[int, int, int]:
     return t.stride(0), t.stride(1), t.stride(3) if t.size(3) > 1 else t.stride(2)
 
 
-def empty_map(x: torch.Tensor, channels: int, size: tuple[int, int], channels_last: bool) -> torch.Tensor:
-    """An unwritten map of x's batch and type in the layout."""
+def empty_map(x: torch.Tensor, channels: int, size: Sequence[int]) -> torch.Tensor:
+    """An unwritten [B, channels, H, W] of x's batch, type and memory format."""
     shape = (x.size(0), channels, *size)
-    return torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=memory_format(channels_last)
-    )
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def partial_sums(x: torch.Tensor, number: int, tile_count: int, channels: int) -> list[torch.Tensor]:
+def partial_sums(
+    x: torch.Tensor, number: int, tile_count: int, channels: int
+) -> list[torch.Tensor]:
     """Unwritten [tiles, channels] in the accumulation type, to be summed in order."""
     return [
-        x.new_empty((tile_count, channels), dtype=accumulation_type(x)) for _ in range(number)
+        x.new_empty((tile_count, channels), dtype=accumulation_dtype(x.dtype))
+        for _ in range(number)
     ]
 
 
-def rate_geometry(padding: list[int], dilation: list[int]) -> tuple[int, ...]:
+def rate_geometry(padding: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
     """(p_h, p_w, r_h, r_w) of every rate, in a row: what `pick` reads."""
     pairs = zip(padding[::2], padding[1::2], dilation[::2], dilation[1::2], strict=True)
     return tuple(number for pair in pairs for number in pair)
-
-
-def output_size(
-    x: torch.Tensor, w: torch.Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> tuple[int, int]:
-    """⌊(H + 2p − r(k − 1) − 1)/s⌋ + 1, rows and columns."""
-    rows, cols = (
-        (x.size(2 + a) + 2 * padding[a] - dilation[a] * (w.size(2 + a) - 1) - 1) // stride[a] + 1
-        for a in (0, 1)
-    )
-    return rows, cols
 
 
 def taps_major(w: torch.Tensor) -> torch.Tensor:
@@ -130,25 +112,39 @@ def backward_walk(
     """
     taps *= 2 if x.dtype == torch.float64 else 1
     per_thread = 8 if taps <= 12 else 4 if taps <= 27 else 2 if taps <= 36 else 1
-    block_n, block_c = tile_shape(x.size(1), pixels, x.element_size(), channels_last, 128 * per_thread)
+    block_n, block_c = tile_shape(
+        x.size(1), pixels, x.element_size(), channels_last, 128 * per_thread
+    )
     programs = x.size(0) * triton.cdiv(pixels, block_n) * triton.cdiv(x.size(1), block_c)
     return block_n, block_c, min(32, max(8, triton.next_power_of_2(programs // 2048 + 1)))
 
 
+def fit(size: int, most: int) -> int:
+    """A block that covers `size`, at least the 16 that a matrix instruction needs."""
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
 def product_shape(
-    dtype: torch.dtype, pixels: int, summed: int, made: int
+    dtype: torch.dtype, pixels: int, summed: int, made: int, widest: int
 ) -> tuple[int, int, int, int]:
     """(BLOCK_N, block of the summed channels, block of the made channels, warps) of a product over channels."""
-
-    def fit(size: int, most: int) -> int:
-        return min(most, max(16, triton.next_power_of_2(size)))
-
     if dtype == torch.float64:
         return 16, 16, 16, 4
     if dtype == torch.float32:
-        return fit(pixels, 64), 16, fit(made, 64), 4
-    block = fit(made, 256)
-    return fit(pixels, 64), fit(summed, 64), block, 8 if block >= 128 else 4
+        return fit(pixels, 64), 16, fit(made, 64), 8
+    made = fit(made, widest)
+    return fit(pixels, 64), fit(summed, 32), made, 8 if made >= 128 else 4
+
+
+def outer_product_shape(
+    dtype: torch.dtype, pixels: int, columns: int, rows: int, channels_last: bool
+) -> tuple[int, int, int, int]:
+    """(BLOCK_N, block of columns, block of rows, warps) of a product that sums over pixels."""
+    if dtype == torch.float64:
+        return 16, 16, 16, 4
+    if dtype == torch.float32:
+        return 16, fit(columns, 64), fit(rows, 64), 8
+    return fit(pixels, 64), fit(columns, 128 if channels_last else 64), fit(rows, 128), 8
 
 
 def normaliser(
@@ -162,15 +158,6 @@ def normaliser(
         return None, gamma, beta
     scale = (var + eps).rsqrt()
     return mean, scale if gamma is None else gamma * scale, beta
-
-
-def outer_product_shape(
-    dtype: torch.dtype, pixels: int, columns: int, rows: int
-) -> tuple[int, int, int, int]:
-    """(BLOCK_N, block of columns, block of rows, warps) of a product that sums over pixels."""
-    block_n, _, block_c, _ = product_shape(dtype, pixels, pixels, min(columns, 128))
-    _, _, block_d, _ = product_shape(dtype, pixels, pixels, min(rows, 128))
-    return block_n, block_c, block_d, 8 if block_c * block_d > 8192 else 4
 
 
 def standardised_means(

@@ -36,7 +36,9 @@ def sum_pixels(t, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def zeros(BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def zeros(
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
     if CHANNELS_LAST:
         return tl.zeros((BLOCK_N, BLOCK_C), ACC)
     else:

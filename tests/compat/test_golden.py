@@ -5,7 +5,6 @@ buffers after a step.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +44,6 @@ def _cases() -> list[Any]:
                     )
                 )
     return found
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The maps are tiny: more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -213,3 +203,14 @@ def test_state_dict_of_the_full_size_class(schema: dict[str, Any]) -> None:
         key: text for key, text in got.items() if not excluded or not key.startswith(excluded)
     } == schema["state_dict"]
     assert sum(p.numel() for p in parameters.values()) == schema["parameters"]
+
+
+def test_the_committed_choice() -> None:
+    """At most 3 MB, and every class that has a face is in it."""
+    size = sum(path.stat().st_size for path in COMMITTED.iterdir())
+    assert size <= 3_000_000
+    there = {our_class(case) for case in manifest(COMMITTED)["cases"].values()}
+    possible = {
+        our_class(case) for case in manifest(FULL)["cases"].values() if case["mode"] != "none"
+    }
+    assert possible - {None} <= there, "python -m tests.compat.choose"

@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from segkernels.fused import accumulation_dtype
 from segkernels.ops import layouts, tiles
+from segkernels.ops.geometry import unflatten
 from segkernels.ops.tiles import aligned, along_channels, along_pixels
 
 
@@ -21,8 +23,6 @@ def depthwise_conv2d_forward_kernel(
     w,  # [R, KH·KW, C]
     bias,  # [R, C] or None
     y,
-    mean,  # [tiles, R·C] or None, as m2: the moments of each tile of y as it is stored
-    m2,
     geometry,
     C,
     H,
@@ -58,8 +58,7 @@ def depthwise_conv2d_forward_kernel(
     sample = (tl.program_id(0) // R // tile_count).to(tl.int64)
 
     n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = along_channels(channels, CHANNELS_LAST)
+    c = along_channels(tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), CHANNELS_LAST)
     in_c = c < C
     live = (n < N) & in_c
     acc = tiles.zeros(BLOCK_N, BLOCK_C, ACC, CHANNELS_LAST)
@@ -89,12 +88,7 @@ def depthwise_conv2d_forward_kernel(
         KW,
     )
     at = sample * stride_yb + (rate * C + c).to(tl.int64) * stride_yc + n.to(tl.int64) * stride_yn
-    stored = tiles.rounded(acc, y.dtype.element_ty)
-    tl.store(y + at, stored, mask=live)
-    if mean is not None:
-        index = (tl.program_id(0) // R).to(tl.int64) * R * C + rate * C + channels
-        count = tl.minimum(N - start, BLOCK_N).to(ACC)
-        tiles.store_moments(mean, m2, index, stored.to(ACC), live, count, channels < C, CHANNELS_LAST)
+    tl.store(y + at, tiles.rounded(acc, y.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -142,7 +136,8 @@ def depthwise_conv2d_backward_kernel(
         stride_xb, stride_dxb = aligned(stride_xb, ALIGN), aligned(stride_dxb, ALIGN)
         stride_dyb = aligned(stride_dyb, ALIGN)
     N = H * W
-    walk_count = tl.cdiv(tl.maximum(N, Ho * Wo), BLOCK_N * walk)
+    tile_count = tl.cdiv(tl.maximum(N, Ho * Wo), BLOCK_N)
+    walk_count = tl.cdiv(tile_count, walk)
     first = tl.program_id(0) % walk_count * walk
     sample = (tl.program_id(0) // walk_count).to(tl.int64)
     share = tl.program_id(0).to(tl.int64) * R * C
@@ -162,7 +157,7 @@ def depthwise_conv2d_backward_kernel(
     for _ in tl.static_range(R):
         sums_b = sums_b + (zero,)
 
-    for tile in range(first, first + walk):
+    for tile in range(first, tl.minimum(first + walk, tile_count)):
         start = tile * BLOCK_N
         n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
         live = (n < N) & in_c
@@ -225,28 +220,14 @@ def depthwise_conv2d(
     padding: list[int],
     dilation: list[int],
 ) -> torch.Tensor:  # [B, R·C, H', W']
-    return depthwise_conv2d_with_moments(x, w, b, stride, padding, dilation, 0)[0]
-
-
-def depthwise_conv2d_with_moments(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    b: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    moments: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """y; where asked for, mean and Σ(y − mean)² of every tile [tiles, R·C]; and the pixels in a tile."""
     last = layouts.is_channels_last(x)
     R, C, KH, KW = w.shape
-    Ho, Wo = layouts.output_size(x, w, stride, padding, dilation)
-    y = layouts.empty_map(x, R * C, (Ho, Wo), last)
+    Ho, Wo = unflatten(w, stride, padding, dilation).output_size(x.size(2), x.size(3))[0]
+    y = layouts.empty_map(x, R * C, (Ho, Wo))
     block_n, block_c = layouts.tile_shape(C, Ho * Wo, x.element_size(), last, 2048)
     tile_count = triton.cdiv(Ho * Wo, block_n) * x.size(0)
-    parts = layouts.partial_sums(x, 2 * moments, tile_count, R * C)
     if y.numel() == 0:
-        return y, parts, block_n
+        return y
     x = layouts.readable(x, last)
     with torch.cuda.device_of(x):
         depthwise_conv2d_forward_kernel[(R * tile_count, triton.cdiv(C, block_c))](
@@ -254,7 +235,6 @@ def depthwise_conv2d_with_moments(
             layouts.taps_major(w),
             None if b is None else b.contiguous(),
             y,
-            *(parts or (None, None)),
             layouts.rate_geometry(padding, dilation),
             *(C, x.size(2), x.size(3), Ho, Wo),
             *x.stride(),
@@ -263,14 +243,14 @@ def depthwise_conv2d_with_moments(
             R=R,
             KH=KH,
             KW=KW,
-            ACC=layouts.triton_type(layouts.accumulation_type(x)),
+            ACC=layouts.triton_type(x),
             ALIGN=layouts.alignment(C, x.stride(0), x.stride(2), x.stride(3)),
             CHANNELS_LAST=last,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
             num_warps=4,
         )
-    return y, parts, block_n
+    return y
 
 
 def depthwise_conv2d_backward(
@@ -286,12 +266,12 @@ def depthwise_conv2d_backward(
     B, C, H, W = x.shape
     R, _, KH, KW = w.shape
     Ho, Wo = dy.shape[2:]
+    dx = layouts.empty_map(x, C, (H, W)) if need[0] else None
     dy, x = layouts.readable(dy, last), layouts.readable(x, last)
     block_n, block_c, walk = layouts.backward_walk(x, R * KH * KW, max(H * W, Ho * Wo), last)
     shares = triton.cdiv(max(H * W, Ho * Wo), block_n * walk) * B
 
-    acc = layouts.accumulation_type(x)
-    dx = layouts.empty_map(x, C, (H, W), last) if need[0] else None
+    acc = accumulation_dtype(x.dtype)
     dw = x.new_empty((shares, R, KH * KW, C), dtype=acc) if need[1] else None
     db = x.new_empty((shares, R, C), dtype=acc) if need[2] else None
     if shares * C > 0:
@@ -313,16 +293,15 @@ def depthwise_conv2d_backward(
                 R=R,
                 KH=KH,
                 KW=KW,
-                ACC=layouts.triton_type(acc),
+                ACC=layouts.triton_type(x),
                 ALIGN=layouts.alignment(C, *(t.stride(a) for t in (x, dy) for a in (0, 2, 3))),
                 CHANNELS_LAST=last,
                 BLOCK_N=block_n,
                 BLOCK_C=block_c,
                 num_warps=4,
             )
-    none = x.new_empty(0)
     return (
-        none if dx is None else dx,
-        none if dw is None else layouts.channels_major(dw.sum(0), KH, KW).to(x.dtype),
-        none if db is None else db.sum(0).to(x.dtype),
+        x.new_empty(0) if dx is None else dx,
+        x.new_empty(0) if dw is None else layouts.channels_major(dw.sum(0), KH, KW).to(x.dtype),
+        x.new_empty(0) if db is None else db.sum(0).to(x.dtype),
     )

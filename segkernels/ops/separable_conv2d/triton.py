@@ -1,205 +1,30 @@
-"""Triton kernels of separable_conv2d: y = φ₂(γ₂·N₂(v·φ₁(γ₁·N₁(w ⊛ x) + β₁)) + β₂), and its backward.
+"""The Triton backend of separable_conv2d: y = φ₂(γ₂·N₂(v·φ₁(γ₁·N₁(w ⊛ x) + β₁)) + β₂), and its backward.
 
-Every stage reads (t − center)·scale + shift on load: center = mean and scale = γ/√(var + eps) where the stage is standardised
-by the batch's moments, else no center and scale = γ. Without N₁ one kernel goes from x to o; with it, d and its moments
-are made first. The backward makes d again from x; neither d nor h is ever saved.
+Without N₁ one kernel goes from x to o; with it, d and its moments are made first. The backward makes d again from x; neither
+d nor h is ever saved.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
-from segkernels.ops import layouts, tiles
-from segkernels.ops.depthwise_conv2d.triton import depthwise_conv2d_with_moments
-from segkernels.ops.separable_conv2d.triton_backward import separable_conv2d_backward
-from segkernels.ops.tiles import aligned, along_channels, along_pixels
+from segkernels import fused
+from segkernels.fused import accumulation_dtype
+from segkernels.ops import layouts
+from segkernels.ops.geometry import unflatten
+from segkernels.ops.separable_conv2d.triton_backward import (
+    normalise_backward,
+    pointwise_backward,
+    weight_backward,
+)
+from segkernels.ops.separable_conv2d.triton_forward import (
+    activate,
+    depthwise,
+    merge_moments,
+    pointwise,
+)
 
-__all__ = ["separable_conv2d", "separable_conv2d_backward"]
-
-
-@triton.jit
-def separable_conv2d_pointwise_kernel(
-    x,  # the input; or d, where w is None
-    w,  # [R, KH·KW, C]
-    v,  # [R, D, C]
-    center1,  # [R·C], each may be None
-    scale1,
-    shift1,
-    scale2,  # [R·D], each may be None
-    shift2,
-    out,  # y; or o, where its moments are asked for
-    mean,  # [tiles, R·D] or None
-    m2,
-    geometry,
-    C,
-    D,
-    H,
-    W,
-    Ho,
-    Wo,
-    stride_xb,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_ob,
-    stride_oc,
-    stride_on,
-    stride_h,
-    stride_w,
-    R: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    ACT1: tl.constexpr,
-    ACT2: tl.constexpr,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """o = v·φ₁(affine(d)), with d made tile by tile from x or read; then the outer affine and φ₂, or o's moments."""
-    if CHANNELS_LAST:
-        C, stride_xb = aligned(C, ALIGN), aligned(stride_xb, ALIGN)
-        stride_xh, stride_xw = aligned(stride_xh, ALIGN), aligned(stride_xw, ALIGN)
-    N = Ho * Wo
-    tile_count = tl.cdiv(N, BLOCK_N)
-    rate = tl.program_id(0) % R
-    start = tl.program_id(0) // R % tile_count * BLOCK_N
-    sample = (tl.program_id(0) // R // tile_count).to(tl.int64)
-    x += sample * stride_xb
-    v += rate * D * C
-
-    n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
-    ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tiles.zeros(BLOCK_N, BLOCK_D, ACC, CHANNELS_LAST)
-    for first in range(0, C, BLOCK_C):
-        cs = first + tl.arange(0, BLOCK_C)
-        c = along_channels(cs, CHANNELS_LAST)
-        live = (n < N) & (c < C)
-        if w is None:
-            at = (rate * C + c).to(tl.int64) * stride_xc + n.to(tl.int64) * stride_xw
-            h = tl.load(x + at, mask=live, other=0.0).to(ACC)
-        else:
-            h = tiles.depthwise_tile(
-                tiles.zeros(BLOCK_N, BLOCK_C, ACC, CHANNELS_LAST),
-                x + c.to(tl.int64) * stride_xc,
-                w + rate * (KH * KW) * C + c,
-                n // Wo,
-                n % Wo,
-                live,
-                c < C,
-                start // Wo,
-                (tl.minimum(start + BLOCK_N, N) - 1) // Wo,
-                C,
-                H,
-                W,
-                stride_xh,
-                stride_xw,
-                stride_h,
-                stride_w,
-                geometry,
-                rate,
-                R,
-                KH,
-                KW,
-            )
-        h = tiles.affine(h, center1, scale1, shift1, rate * C + c, c < C)
-        h = tiles.rounded(tiles.activation(h, ACT1), v.dtype.element_ty)
-        acc = tiles.matmul(
-            h, tiles.weight_tile(v, cs, ds, 1, C, C, D, CHANNELS_LAST), acc, CHANNELS_LAST
-        )
-
-    d = along_channels(ds, CHANNELS_LAST)
-    live = (n < N) & (d < D)
-    at = sample * stride_ob + (rate * D + d).to(tl.int64) * stride_oc + n.to(tl.int64) * stride_on
-    if mean is None:
-        acc = tiles.affine(acc, None, scale2, shift2, rate * D + d, d < D)
-        acc = tiles.activation(acc, ACT2)
-    stored = tiles.rounded(acc, out.dtype.element_ty)
-    tl.store(out + at, stored, mask=live)
-    if mean is not None:
-        index = (tl.program_id(0) // R).to(tl.int64) * R * D + rate * D + ds
-        count = tl.minimum(N - start, BLOCK_N).to(ACC)
-        tiles.store_moments(mean, m2, index, stored.to(ACC), live, count, ds < D, CHANNELS_LAST)
-
-
-@triton.jit
-def separable_conv2d_moments_kernel(
-    means,  # [B·tile_count, C]
-    m2s,
-    mean,  # [C]
-    var,
-    B,
-    C,
-    N,
-    TILE: tl.constexpr,  # pixels
-    ACC: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """mean = Σ nₜ·meanₜ/n, var = Σ (M2ₜ + nₜ(meanₜ − mean)²)/n over all tiles, in one fixed order."""
-    tile_count = tl.cdiv(N, TILE)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    total = tl.cast(B, ACC) * tl.cast(N, ACC)
-    sums = tl.zeros((BLOCK_T, BLOCK_C), ACC)
-    for first in range(0, B * tile_count, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)[:, None]
-        live = (t < B * tile_count) & (c < C)
-        count = tl.minimum(N - t % tile_count * TILE, TILE).to(ACC)
-        sums += count * tl.load(means + t.to(tl.int64) * C + c, mask=live, other=0.0)
-    center = tl.sum(sums, axis=0)[None, :] / total
-    sums = tl.zeros((BLOCK_T, BLOCK_C), ACC)
-    for first in range(0, B * tile_count, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)[:, None]
-        live = (t < B * tile_count) & (c < C)
-        count = tl.minimum(N - t % tile_count * TILE, TILE).to(ACC)
-        away = tl.load(means + t.to(tl.int64) * C + c, mask=live, other=0.0) - center
-        m2 = tl.load(m2s + t.to(tl.int64) * C + c, mask=live, other=0.0)
-        sums += tl.where(live, m2 + count * away * away, 0.0)
-    tl.store(mean + c, center, mask=c < C)
-    tl.store(var + c, tl.sum(sums, axis=0)[None, :] / total, mask=c < C)
-
-
-@triton.jit
-def separable_conv2d_activation_kernel(
-    o,
-    center,
-    scale,
-    shift,
-    y,
-    C,
-    N,
-    stride_ob,
-    stride_oc,
-    stride_on,
-    stride_yb,
-    stride_yc,
-    stride_yn,
-    ACT: tl.constexpr,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """y = φ(affine(o))."""
-    if CHANNELS_LAST:
-        C, stride_on, stride_yn = aligned(C, ALIGN), aligned(stride_on, ALIGN), aligned(stride_yn, ALIGN)
-        stride_ob, stride_yb = aligned(stride_ob, ALIGN), aligned(stride_yb, ALIGN)
-    tile_count = tl.cdiv(N, BLOCK_N)
-    sample = (tl.program_id(0) // tile_count).to(tl.int64)
-    n = tl.program_id(0) % tile_count * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = along_pixels(n, CHANNELS_LAST)
-    c = along_channels(tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), CHANNELS_LAST)
-    live = (n < N) & (c < C)
-    at = sample * stride_ob + c.to(tl.int64) * stride_oc + n.to(tl.int64) * stride_on
-    t = tl.load(o + at, mask=live, other=0.0).to(ACC)
-    t = tiles.activation(tiles.affine(t, center, scale, shift, c, c < C), ACT)
-    at = sample * stride_yb + c.to(tl.int64) * stride_yc + n.to(tl.int64) * stride_yn
-    tl.store(y + at, tiles.rounded(t, y.dtype.element_ty), mask=live)
+DEPTHWISE = fused.OPERATORS["depthwise_conv2d"]
 
 
 def separable_conv2d(
@@ -219,13 +44,10 @@ def separable_conv2d(
     dilation: list[int],
 ) -> tuple[torch.Tensor, ...]:  # y, o [B, R·D, H', W'], mean1, var1 [R·C], mean2, var2 [R·D]
     mean1, var1, mean2, var2 = layouts.partial_sums(x, 4, 0, 0)
-    size = layouts.output_size(x, w, stride, padding, dilation)
+    size = unflatten(w, stride, padding, dilation).output_size(x.size(2), x.size(3))[0]
     source = x
     if eps1 is not None:
-        source, parts, tile = depthwise_conv2d_with_moments(
-            x, w, None, stride, padding, dilation, True
-        )
-        mean1, var1 = merge_moments(parts, x.size(0), size[0] * size[1], tile)
+        source, mean1, var1 = depthwise(x, w, size, stride, padding, dilation)
     inner = layouts.normaliser(gamma1, beta1, mean1, var1, eps1)
     outer = (gamma2, beta2) if eps2 is None else (None, None)
     out, parts, tile = pointwise(
@@ -238,108 +60,107 @@ def separable_conv2d(
     return y, out, mean1, var1, mean2, var2
 
 
-def pointwise(
-    source: torch.Tensor,  # x, or d where eps1 is given
-    w: torch.Tensor,
-    v: torch.Tensor,
-    inner: layouts.Normaliser,
-    outer: tuple[torch.Tensor | None, torch.Tensor | None],
+def separable_conv2d_backward(
+    dy: torch.Tensor,  # [B, R·D, H', W']
+    x: torch.Tensor,  # [B, C, H, W]
+    y: torch.Tensor | None,  # [B, R·D, H', W'], as o
+    o: torch.Tensor | None,
+    w: torch.Tensor,  # [R, C, KH, KW]
+    v: torch.Tensor,  # [R, D, C]
+    gamma1: torch.Tensor | None,  # [R·C], as beta1, mean1, var1
+    beta1: torch.Tensor | None,
+    gamma2: torch.Tensor | None,  # [R·D], as beta2, mean2, var2
+    beta2: torch.Tensor | None,
+    mean1: torch.Tensor,
+    var1: torch.Tensor,
+    mean2: torch.Tensor,
+    var2: torch.Tensor,
     act1: str,
     act2: str,
     eps1: float | None,
     eps2: float | None,
-    size: tuple[int, int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """y, or o where eps2 is given; the moments of o's tiles; the pixels in a tile."""
+    need: list[int],
+) -> tuple[torch.Tensor, ...]:  # dx, dw, dv, dgamma1, dbeta1, dgamma2, dbeta2
+    need_dx, need_dw, need_dv, need_dgamma1, need_dbeta1, need_dgamma2, need_dbeta2 = need
     R, D, C = v.shape
-    last = layouts.is_channels_last(source)
-    out = layouts.empty_map(source, R * D, size, last)
-    N = size[0] * size[1]
-    block_n, block_c, block_d, warps = layouts.product_shape(source.dtype, N, C, D)
-    tile_count = triton.cdiv(N, block_n) * source.size(0)
-    parts = layouts.partial_sums(source, 0 if eps2 is None else 2, tile_count, R * D)
-    if out.numel() == 0:
-        return out, parts, block_n
-    if eps1 is None:
-        source = layouts.readable(source, last)
-        strides = source.stride()
-    else:
-        sample, channel, pixel = layouts.map_strides(source)
-        strides = (sample, channel, 0, pixel)
-    with torch.cuda.device_of(source):
-        separable_conv2d_pointwise_kernel[(R * tile_count, triton.cdiv(D, block_d))](
-            source,
-            layouts.taps_major(w) if eps1 is None else None,
-            v.contiguous(),
-            *inner,
-            *outer,
-            out,
-            *(parts or (None, None)),
-            layouts.rate_geometry(padding, dilation),
-            *(C, D, source.size(2), source.size(3), *size),
-            *strides,
-            *layouts.map_strides(out),
-            *stride,
-            R=R,
-            KH=w.size(2),
-            KW=w.size(3),
-            ACT1=act1,
-            ACT2=act2,
-            ACC=layouts.triton_type(layouts.accumulation_type(source)),
-            ALIGN=layouts.alignment(C, strides[0], strides[2], strides[3]),
-            CHANNELS_LAST=last,
-            BLOCK_N=block_n,
-            BLOCK_C=block_c,
-            BLOCK_D=block_d,
-            num_warps=warps,
+    last = layouts.is_channels_last(x)
+    acc = accumulation_dtype(x.dtype)
+    count = dy.size(0) * dy.size(2) * dy.size(3)
+
+    def wanted(needed: int, gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return x.new_empty(0, dtype=dtype) if not needed or gradient is None else gradient.to(dtype)
+
+    # through φ₂ and N₂: g is do where N₂ standardises, do/γ₂ where it does not
+    g = dy = layouts.pixel_map(dy, last)
+    dgamma2 = dbeta2 = None
+    if eps2 is not None and o is not None:
+        t, stage = layouts.pixel_map(o, last), layouts.normaliser(gamma2, beta2, mean2, var2, eps2)
+        sums = normalise_backward(dy, t, stage, act2, sums=2)
+        dgamma2, dbeta2 = sums[1] * (var2 + eps2).rsqrt(), sums[0]
+        g = layouts.empty_map(x, R * D, dy.shape[2:])
+        means = layouts.standardised_means(sums, var2, eps2, count)
+        normalise_backward(dy, t, stage, act2, out=g, means=means)
+    elif act2 != "none" or need_dbeta2:
+        t = None if y is None else layouts.pixel_map(y, last)
+        if act2 != "none":
+            g = layouts.empty_map(x, R * D, dy.shape[2:])
+        out = None if g is dy else g
+        dbeta2 = next(
+            iter(
+                normalise_backward(
+                    dy, t, (None, None, None), act2, out=out, sums=1 if need_dbeta2 else 0
+                )
+            ),
+            None,
         )
-    return out, parts, block_n
 
+    # through v
+    folded = gamma2 if eps2 is None else None
+    inner = layouts.normaliser(gamma1, beta1, mean1, var1, eps1)
+    dv = dgamma1 = dbeta1 = None
+    dx = dw = x.new_empty(0)
+    need_inner = need_dx or need_dw or need_dgamma1 or need_dbeta1
+    need_m = need_dv or (need_dgamma2 and eps2 is None)
+    if need_inner or need_m:
+        d = DEPTHWISE.raw("triton")(x, w, None, stride, padding, dilation)
+    if need_m:
+        m = weight_backward(g, d, inner, act1, R)
+        dv = m if folded is None else m * folded.view(R, D, 1)
+        if eps2 is None:
+            dgamma2 = (v.to(acc) * m).sum(2).flatten()
 
-def merge_moments(
-    parts: list[torch.Tensor], B: int, N: int, tile: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance per channel; zeros of an empty batch."""
-    means, m2s = parts
-    C = means.size(1)
-    mean, var = means.new_zeros(C), means.new_zeros(C)
-    if means.numel() > 0:
-        with torch.cuda.device_of(means):
-            separable_conv2d_moments_kernel[(triton.cdiv(C, 32),)](
-                *(means, m2s, mean, var, B, C, N),
-                TILE=tile,
-                ACC=layouts.triton_type(means.dtype),
-                BLOCK_T=64,
-                BLOCK_C=32,
-                num_warps=4,
+    # through φ₁, N₁ and w
+    if need_inner:
+        scaled_v = v if folded is None else (v * folded.view(R, D, 1)).to(v.dtype)
+        dd, sums = pointwise_backward(
+            g,
+            scaled_v,
+            d,
+            inner,
+            act1,
+            scaled=eps1 is None and gamma1 is not None,
+            write=bool(need_dx or need_dw),
+            sums=bool(need_dgamma1 or need_dbeta1 or eps1 is not None),
+        )
+        if sums:
+            dbeta1 = sums[0]
+            dgamma1 = sums[1] if eps1 is None else sums[1] * (var1 + eps1).rsqrt()
+        if dd is not None:
+            if eps1 is not None:
+                means = layouts.standardised_means(sums, var1, eps1, count)
+                normalise_backward(dd, d, inner, "none", out=dd, means=means)
+            dx, dw, _ = DEPTHWISE.raw("triton", backward=True)(
+                dd, x, w, stride, padding, dilation, [need_dx, need_dw, 0]
             )
-    return mean, var
-
-
-def activate(o: torch.Tensor, outer: layouts.Normaliser, act: str) -> torch.Tensor:
-    """φ(affine(o)) of a map that this file has made."""
-    last = layouts.is_channels_last(o)
-    C, N = o.size(1), o.size(2) * o.size(3)
-    y = torch.empty_like(o)
-    if o.numel() == 0:
-        return y
-    block_n, block_c = layouts.tile_shape(C, N, o.element_size(), last, 2048)
-    with torch.cuda.device_of(o):
-        separable_conv2d_activation_kernel[
-            (triton.cdiv(N, block_n) * o.size(0), triton.cdiv(C, block_c))
-        ](
-            *(o, *outer, y, C, N),
-            *layouts.map_strides(o),
-            *layouts.map_strides(y),
-            ACT=act,
-            ACC=layouts.triton_type(layouts.accumulation_type(o)),
-            ALIGN=layouts.alignment(C),
-            CHANNELS_LAST=last,
-            BLOCK_N=block_n,
-            BLOCK_C=block_c,
-            num_warps=4,
-        )
-    return y
+    return (
+        dx,
+        dw,
+        wanted(need_dv, dv, v.dtype),
+        wanted(need_dgamma1, dgamma1, acc),
+        wanted(need_dbeta1, dbeta1, acc),
+        wanted(need_dgamma2, dgamma2, acc),
+        wanted(need_dbeta2, dbeta2, acc),
+    )

@@ -1,6 +1,4 @@
-"""The backward of separable_conv2d in Triton: from dy through φ₂ and N₂ to g, M = gᵀ·h and dh = g·v, through φ₁ and N₁
-to dd, and from there depthwise_conv2d's own backward. d is made again from x, h from d on every load.
-"""
+"""Triton kernels of separable_conv2d's backward, and what launches each. h is made from d on every load."""
 
 from __future__ import annotations
 
@@ -8,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from segkernels.fused import accumulation_dtype
 from segkernels.ops import layouts, tiles
-from segkernels.ops.depthwise_conv2d.triton import depthwise_conv2d, depthwise_conv2d_backward
 from segkernels.ops.tiles import aligned, along_channels, along_pixels
 
 
@@ -67,9 +65,7 @@ def separable_conv2d_normalise_backward_kernel(
         at = sample * stride_tb + c.to(tl.int64) * stride_tc + n.to(tl.int64) * stride_tn
         value = tl.load(t + at, mask=live, other=0.0).to(ACC)
         away = tiles.affine(value, center, None, None, c, in_c)
-        acc = tiles.activation_backward(
-            acc, tiles.affine(away, None, scale, shift, c, in_c), ACT
-        )
+        acc = tiles.activation_backward(acc, tiles.affine(away, None, scale, shift, c, in_c), ACT)
     if sum_g is not None:
         index = tl.program_id(0).to(tl.int64) * C + channels
         tl.store(sum_g + index, tiles.sum_pixels(acc, CHANNELS_LAST), mask=channels < C)
@@ -242,7 +238,7 @@ def normalise_backward(
                 *strides[1],
                 *strides[2],
                 ACT=act,
-                ACC=layouts.triton_type(layouts.accumulation_type(dy)),
+                ACC=layouts.triton_type(dy),
                 ALIGN=layouts.alignment(C, *(s for a in strides for s in (a[0], a[2]))),
                 CHANNELS_LAST=last,
                 BLOCK_N=block_n,
@@ -266,7 +262,7 @@ def pointwise_backward(
     R, D, C = v.shape
     last = layouts.is_channels_last(d)
     N = d.size(2) * d.size(3)
-    block_n, block_d, block_c, warps = layouts.product_shape(d.dtype, N, D, C)
+    block_n, block_d, block_c, warps = layouts.product_shape(d.dtype, N, D, C, 128)
     tile_count = triton.cdiv(N, block_n) * d.size(0)
     out = torch.empty_like(d) if write else None
     parts = layouts.partial_sums(d, 2 * sums, tile_count, R * C)
@@ -281,7 +277,7 @@ def pointwise_backward(
                 R=R,
                 ACT=act,
                 SCALED=scaled,
-                ACC=layouts.triton_type(layouts.accumulation_type(d)),
+                ACC=layouts.triton_type(d),
                 ALIGN=layouts.alignment(C, D, strides[0], strides[2]),
                 CHANNELS_LAST=last,
                 BLOCK_N=block_n,
@@ -297,12 +293,13 @@ def weight_backward(
 ) -> torch.Tensor:
     """M = gᵀ·φ(affine(d)), [R, D, C] in the accumulation type."""
     B, C, D, N = d.size(0), d.size(1) // R, g.size(1) // R, d.size(2) * d.size(3)
-    block_n, block_c, block_d, warps = layouts.outer_product_shape(d.dtype, N, C, D)
+    last = layouts.is_channels_last(d)
+    block_n, block_c, block_d, warps = layouts.outer_product_shape(d.dtype, N, C, D, last)
     tile_count = triton.cdiv(N, block_n) * B
     blocks = R * triton.cdiv(D, block_d) * triton.cdiv(C, block_c)
     walk = triton.cdiv(tile_count, max(1, 512 // blocks))
     m = d.new_empty(
-        (triton.cdiv(tile_count, max(walk, 1)), R, D, C), dtype=layouts.accumulation_type(d)
+        (triton.cdiv(tile_count, max(walk, 1)), R, D, C), dtype=accumulation_dtype(d.dtype)
     )
     strides = (*layouts.map_strides(g), *layouts.map_strides(d))
     if m.numel() > 0:
@@ -315,113 +312,12 @@ def weight_backward(
                 walk,
                 R=R,
                 ACT=act,
-                ACC=layouts.triton_type(m.dtype),
+                ACC=layouts.triton_type(d),
                 ALIGN=layouts.alignment(C, D, strides[0], strides[2]),
-                CHANNELS_LAST=layouts.is_channels_last(d),
+                CHANNELS_LAST=last,
                 BLOCK_N=block_n,
                 BLOCK_C=block_c,
                 BLOCK_D=block_d,
                 num_warps=warps,
             )
     return m.sum(0)
-
-
-def separable_conv2d_backward(
-    dy: torch.Tensor,  # [B, R·D, H', W']
-    x: torch.Tensor,  # [B, C, H, W]
-    y: torch.Tensor | None,  # [B, R·D, H', W'], as o
-    o: torch.Tensor | None,
-    w: torch.Tensor,  # [R, C, KH, KW]
-    v: torch.Tensor,  # [R, D, C]
-    gamma1: torch.Tensor | None,  # [R·C], as beta1, mean1, var1
-    beta1: torch.Tensor | None,
-    gamma2: torch.Tensor | None,  # [R·D], as beta2, mean2, var2
-    beta2: torch.Tensor | None,
-    mean1: torch.Tensor,
-    var1: torch.Tensor,
-    mean2: torch.Tensor,
-    var2: torch.Tensor,
-    act1: str,
-    act2: str,
-    eps1: float | None,
-    eps2: float | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    need: list[int],
-) -> tuple[torch.Tensor, ...]:  # dx, dw, dv, dgamma1, dbeta1, dgamma2, dbeta2
-    need_dx, need_dw, need_dv, need_dgamma1, need_dbeta1, need_dgamma2, need_dbeta2 = need
-    R, D, C = v.shape
-    last = layouts.is_channels_last(x)
-    acc = layouts.accumulation_type(x)
-    count = dy.size(0) * dy.size(2) * dy.size(3)
-
-    def wanted(needed: int, gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return x.new_empty(0, dtype=dtype) if not needed or gradient is None else gradient.to(dtype)
-
-    # through φ₂ and N₂: g is do where N₂ standardises, do/γ₂ where it does not
-    g = dy = layouts.pixel_map(dy, last)
-    dgamma2 = dbeta2 = None
-    if eps2 is not None and o is not None:
-        t, stage = layouts.pixel_map(o, last), layouts.normaliser(gamma2, beta2, mean2, var2, eps2)
-        sums = normalise_backward(dy, t, stage, act2, sums=2)
-        dgamma2, dbeta2 = sums[1] * (var2 + eps2).rsqrt(), sums[0]
-        g = layouts.empty_map(x, R * D, dy.shape[2:], last)
-        means = layouts.standardised_means(sums, var2, eps2, count)
-        normalise_backward(dy, t, stage, act2, out=g, means=means)
-    elif act2 != "none" or need_dbeta2:
-        t = None if y is None else layouts.pixel_map(y, last)
-        if act2 != "none":
-            g = layouts.empty_map(x, R * D, dy.shape[2:], last)
-        out = None if g is dy else g
-        dbeta2 = next(iter(normalise_backward(
-            dy, t, (None, None, None), act2, out=out, sums=1 if need_dbeta2 else 0
-        )), None)
-
-    # through v
-    folded = gamma2 if eps2 is None else None
-    inner = layouts.normaliser(gamma1, beta1, mean1, var1, eps1)
-    dv = dgamma1 = dbeta1 = None
-    dx = dw = x.new_empty(0)
-    need_inner = need_dx or need_dw or need_dgamma1 or need_dbeta1
-    need_m = need_dv or (need_dgamma2 and eps2 is None)
-    if need_inner or need_m:
-        d = depthwise_conv2d(x, w, None, stride, padding, dilation)
-    if need_m:
-        m = weight_backward(g, d, inner, act1, R)
-        dv = m if folded is None else m * folded.view(R, D, 1)
-        if eps2 is None:
-            dgamma2 = (v.to(acc) * m).sum(2).flatten()
-
-    # through φ₁, N₁ and w
-    if need_inner:
-        scaled_v = v if folded is None else (v * folded.view(R, D, 1)).to(v.dtype)
-        dd, sums = pointwise_backward(
-            g,
-            scaled_v,
-            d,
-            inner,
-            act1,
-            scaled=eps1 is None and gamma1 is not None,
-            write=bool(need_dx or need_dw),
-            sums=bool(need_dgamma1 or need_dbeta1 or eps1 is not None),
-        )
-        if sums:
-            dbeta1 = sums[0]
-            dgamma1 = sums[1] if eps1 is None else sums[1] * (var1 + eps1).rsqrt()
-        if dd is not None:
-            if eps1 is not None:
-                means = layouts.standardised_means(sums, var1, eps1, count)
-                normalise_backward(dd, d, inner, "none", out=dd, means=means)
-            dx, dw, _ = depthwise_conv2d_backward(
-                dd, x, w, stride, padding, dilation, [need_dx, need_dw, 0]
-            )
-    return (
-        dx,
-        dw,
-        wanted(need_dv, dv, v.dtype),
-        wanted(need_dgamma1, dgamma1, acc),
-        wanted(need_dbeta1, dbeta1, acc),
-        wanted(need_dgamma2, dgamma2, acc),
-        wanted(need_dbeta2, dbeta2, acc),
-    )
