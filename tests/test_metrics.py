@@ -34,8 +34,17 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     "encoding": {"absent": "zero", "epsilon": 2.0**-52},
     "csail": {"absent": "zero", "epsilon": 1e-10},
 }
-NAMES = {"pixel_acc": "pixel_accuracy", "mean_acc": "mean_accuracy", "fw_iou": "frequency_weighted_iou"}
-NAMES |= {"all_acc": "pixel_accuracy", "aAcc": "pixel_accuracy", "Acc": "class_accuracy", "IoU": "class_iou"}
+NAMES = {
+    "pixel_acc": "pixel_accuracy",
+    "mean_acc": "mean_accuracy",
+    "fw_iou": "frequency_weighted_iou",
+}
+NAMES |= {
+    "all_acc": "pixel_accuracy",
+    "aAcc": "pixel_accuracy",
+    "Acc": "class_accuracy",
+    "IoU": "class_iou",
+}
 NAMES |= {"class_acc": "class_accuracy"}
 
 
@@ -45,13 +54,26 @@ def expected(n: Tensor, images: list[Tensor], repository: str) -> dict[str, Any]
     result = scores(n, **options)
     t, p, correct = n.sum(1), n.sum(0), n.diag()
     values = {**result._asdict(), **{short: getattr(result, long) for short, long in NAMES.items()}}
-    values |= {"hist": n, "confusion": n, "intersection": correct, "union": t + p - correct, "target": t}
+    values |= {
+        "hist": n,
+        "confusion": n,
+        "intersection": correct,
+        "union": t + p - correct,
+        "target": t,
+    }
     values |= {"labeled": n.sum(), "correct": correct.sum()}
     values |= {"valid_pixels": torch.stack([i.sum() for i in images])}
-    values |= {"accuracy": torch.tensor(
-        [scores(i, **options).pixel_accuracy for i in images], dtype=torch.float64
-    )}
-    values |= {"area_intersect": correct, "area_union": t + p - correct, "area_label": t, "area_pred": p}
+    values |= {
+        "accuracy": torch.tensor(
+            [scores(i, **options).pixel_accuracy for i in images], dtype=torch.float64
+        )
+    }
+    values |= {
+        "area_intersect": correct,
+        "area_union": t + p - correct,
+        "area_label": t,
+        "area_pred": p,
+    }
     dice, recall, precision = 2 * correct / (t + p), correct / t, correct / p
     harmonic = 2 * precision * recall / (precision + recall)  # NaN where both are 0
     values |= {"Dice": dice, "Fscore": harmonic, "Recall": recall, "Precision": precision}
@@ -75,14 +97,18 @@ def test_published_numbers(name: str) -> None:
     for output, value in case["output"].items():
         got = torch.as_tensor(values[output], dtype=torch.float64)
         want = torch.tensor(value, dtype=torch.float64)
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=0, equal_nan=True, msg=f"{name}: {output}: {got} {want}")
+        torch.testing.assert_close(
+            got, want, rtol=tolerance, atol=0, equal_nan=True, msg=f"{name}: {output}: {got} {want}"
+        )
 
 
 def test_every_convention_is_in_the_golden_cases() -> None:
     assert {name.split(".")[1] for name in CASES} == set(CONVENTIONS)
 
 
-@pytest.mark.skipif(not (FULL / "manifest.json").exists(), reason="the full golden folder is not here")
+@pytest.mark.skipif(
+    not (FULL / "manifest.json").exists(), reason="the full golden folder is not here"
+)
 def test_the_committed_cases_are_the_published_ones() -> None:
     assert json.dumps(_published()) == json.dumps(CASES)
 
@@ -122,14 +148,18 @@ def test_batches_add_up(absent: Any) -> None:
 
 def test_ignored_pixels_count_nowhere() -> None:
     target = torch.tensor([0, 1, 255, -1, 7])
-    prediction = torch.tensor([0, 0, 99, 1, 1])  # what is predicted at an ignored pixel may be anything
+    prediction = torch.tensor(
+        [0, 0, 99, 1, 1]
+    )  # what is predicted at an ignored pixel may be anything
     assert confusion_matrix(prediction, target, 2).tolist() == [[1, 0], [1, 0]]
     assert confusion_matrix(prediction, target, 2, ignore_index=1).tolist() == [[1, 0], [0, 0]]
     assert confusion_matrix(prediction[:2], target[:2], 2, ignore_index=None).sum() == 2
 
 
 def test_nothing_to_measure() -> None:
-    empty = confusion_matrix(torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3, dtype=torch.uint8), 3)
+    empty = confusion_matrix(
+        torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3, dtype=torch.uint8), 3
+    )
     assert empty.shape == (3, 3) and not empty.any()
     assert math.isnan(scores(empty).mean_iou) and math.isnan(scores(empty).pixel_accuracy)
     assert scores(empty, absent="zero").mean_iou == 0
@@ -179,4 +209,8 @@ def _published() -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    COMMITTED.write_text("{\n" + ",\n".join(f"{json.dumps(n)}: {json.dumps(c)}" for n, c in _published().items()) + "\n}\n")
+    COMMITTED.write_text(
+        "{\n"
+        + ",\n".join(f"{json.dumps(n)}: {json.dumps(c)}" for n, c in _published().items())
+        + "\n}\n"
+    )

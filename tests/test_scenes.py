@@ -22,7 +22,7 @@ def test_shapes_types_and_range() -> None:
     assert drawn.images.shape == (3, 3, 40, 72) and drawn.images.dtype == torch.float32
     assert drawn.labels.shape == drawn.oracle.shape == (3, 40, 72)
     assert drawn.labels.dtype == drawn.oracle.dtype == torch.int64
-    assert 0 <= drawn.images.min() and drawn.images.max() <= 1
+    assert drawn.images.min() >= 0 and drawn.images.max() <= 1
     steps = drawn.images * 255
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)  # 8 bits
     assert drawn.labels.min() >= 0 and drawn.labels.max() < len(scenes.CLASSES)

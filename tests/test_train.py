@@ -54,7 +54,9 @@ def test_ignored_pixels_have_no_loss() -> None:
     prediction = predict(model, images)
     n = evaluate(model, images, spoiled, 2)
     assert n.sum() == kept.numel() and n.diag().sum() == (prediction[:, 1::2] == kept).sum()
-    assert all(torch.isfinite(torch.tensor(train(net(), TensorDataset(images, spoiled), Recipe(3)))))
+    assert all(
+        torch.isfinite(torch.tensor(train(net(), TensorDataset(images, spoiled), Recipe(3))))
+    )
 
 
 def test_schedule() -> None:

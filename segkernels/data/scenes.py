@@ -23,7 +23,7 @@ loses beyond that are outlines under noise and objects of which too little is le
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,7 @@ HUE = np.array([np.nan, 0.0, 0.0, 0.45, 0.57, 0.8, 0.22, 0.35])  # by class, in 
 HUE_SPREAD = 0.08  # to either side
 OVERLAP = 0.03  # of the stripes' periods, see above
 NOISE = 0.05  # standard deviation of the pixel noise, on a scale of 0 to 1
+CHUNK = 32  # scenes painted at a time, to stay in the caches
 
 
 class Scenes(NamedTuple):
@@ -147,7 +148,15 @@ def draw(indices: Iterable[int], size: int | tuple[int, int] = 64, seed: int = 0
     height, width = (size, size) if isinstance(size, int) else size
     index = [int(i) for i in indices]
     if height < 1 or width < 1 or seed < 0 or min(index, default=0) < 0:
-        raise ValueError(f"scenes need size ≥ 1, seed ≥ 0 and indices ≥ 0, got size={size}, seed={seed}")
+        raise ValueError(
+            f"scenes need size ≥ 1, seed ≥ 0 and indices ≥ 0, got size={size}, seed={seed}"
+        )
+    chunks = [index[i : i + CHUNK] for i in range(0, max(len(index), 1), CHUNK)]
+    parts = [_draw(chunk, height, width, seed) for chunk in chunks]
+    return Scenes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _draw(index: Sequence[int], height: int, width: int, seed: int) -> Scenes:
     streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in index]
 
     def uniform(*shape: int) -> np.ndarray:  # [B, *shape] in [0, 1)

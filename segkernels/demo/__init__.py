@@ -8,6 +8,7 @@ if the network learned enough and every result is as right as rounding allows.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 import warnings
@@ -27,17 +28,21 @@ from segkernels.progress import Progress
 from segkernels.train import Recipe, evaluate, predict, train
 
 SIZE = 64  # pixels of a training scene
-FLOOR = {False: 0.80, True: 0.30}  # mIoU over its ceiling that must be reached; True: --quick
 PICTURE = (96, 128)  # pixels of the scenes in the picture
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How much is drawn and trained."""
+class Plan:
+    """How much is drawn, how it is trained, and what share of the ceiling must come of it."""
 
     scenes: int
     tests: int
     recipe: Recipe
+    floor: float
+
+
+FULL = Plan(1024, 128, Recipe(steps=800, learning_rate=0.2), floor=0.80)
+QUICK = Plan(128, 32, Recipe(steps=60, learning_rate=0.2), floor=0.30)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(options, found)
     except KeyboardInterrupt:
-        print(f"\ninterrupted after {found.seconds():.0f} s; done so far: {found.done()}", file=sys.stderr)
+        print(
+            f"\ninterrupted after {found.seconds():.0f} s; done so far: {found.done()}",
+            file=sys.stderr,
+        )
         return 130
     except (fused.SegkernelsError, _UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,10 +72,18 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description="Train a small network on generated scenes, check it, time it. About a minute on two cores.",
         epilog="example: python -m segkernels demo --image street.jpg",
     )
-    parser.add_argument("--quick", action="store_true", help="a few seconds of training, small timings")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="segment a picture of your own too")
-    parser.add_argument("--backend", choices=fused.BACKENDS, help="default: the best that runs here")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and order (default 0)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few seconds of training, small timings"
+    )
+    parser.add_argument(
+        "--image", type=Path, metavar="FILE", help="segment a picture of your own too"
+    )
+    parser.add_argument(
+        "--backend", choices=fused.BACKENDS, help="default: the best that runs here"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of scenes, weights and order (default 0)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the report")
     options = parser.parse_args(arguments)
     if options.seed < 0:
@@ -77,7 +93,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace, found: report.Report) -> int:
     picture = _user_picture(options.image) if options.image else None
-    warnings.simplefilter("ignore", fused.SegkernelsPerformanceWarning)  # said below, with the reason
+    warnings.simplefilter(
+        "ignore", fused.SegkernelsPerformanceWarning
+    )  # said below, with the reason
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _environment(found, device, options.backend)
     model = _train(found, options, device)
@@ -103,7 +121,7 @@ def _user_picture(path: Path) -> Tensor:
 def _environment(found: report.Report, device: str, backend: str | None) -> None:
     found.environment = report.environment(device)
     for name, value in found.environment.items():
-        print(f"{name:<10}{value}")
+        print(f"{name:<12}{value}")
     rows = []
     for op in fused.OPERATORS:
         reasons = fused.explain(op)
@@ -116,34 +134,35 @@ def _environment(found: report.Report, device: str, backend: str | None) -> None
 
 
 def _train(found: report.Report, options: argparse.Namespace, device: str) -> torch.nn.Module:
-    quick, seed = options.quick, options.seed
-    plan = Budget(128, 32, Recipe(60, seed=seed)) if quick else Budget(512, 128, Recipe(600, seed=seed))
-    drawn = [
-        scenes.draw(range(n), SIZE, seed=2 * seed + part) for part, n in enumerate((plan.scenes, plan.tests))
-    ]
-    data, test = (TensorDataset(network.normalise(s.images), s.labels) for s in drawn)
-    model = network.build(seed, options.backend).to(device)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"DeepLabv3+, {size / 1e6:.2f} M parameters; {plan.scenes} scenes of {SIZE}x{SIZE}, {len(scenes.CLASSES)} classes")
+    plan = QUICK if options.quick else FULL
+    recipe = dataclasses.replace(plan.recipe, seed=options.seed)
+    drawn = scenes.draw(range(plan.scenes), SIZE, seed=2 * options.seed)
+    held_out = scenes.draw(range(plan.tests), SIZE, seed=2 * options.seed + 1)
+    data, test = (TensorDataset(network.normalise(s.images), s.labels) for s in (drawn, held_out))
+    model = network.build(options.seed, options.backend).to(device)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"DeepLabv3+, {size:.2f} M parameters; {plan.scenes} scenes of {SIZE}x{SIZE}, {len(scenes.CLASSES)} classes"
+    )
 
     def measured() -> Scores:
         return scores(evaluate(model, *test.tensors, len(scenes.CLASSES)))
 
     found.before = measured()
-    found.ceiling = scores(scenes.ceiling(drawn[1]))
+    found.ceiling = scores(scenes.ceiling(held_out))
+    found.floor = plan.floor * found.ceiling.mean_iou
     started = time.perf_counter()
-    with Progress("training", plan.recipe.steps) as progress:
+    with Progress("training", recipe.steps) as progress:
 
         def advance(step: int, loss: float) -> None:
             progress.advance(note=f"loss {loss:.3f}")
-            found.training = f"{step + 1} of {plan.recipe.steps} training steps (loss {loss:.3f})"
+            found.training = f"{step + 1} of {recipe.steps} training steps (loss {loss:.3f})"
 
-        found.losses = train(model, data, plan.recipe, advance)
+        found.losses = train(model, data, recipe, advance)
     found.training_seconds = time.perf_counter() - started
     found.after = measured()
-    found.floor = FLOOR[quick] * found.ceiling.mean_iou
     print(
-        f"mIoU {found.before.mean_iou:.3f} before, {found.after.mean_iou:.3f} after {plan.recipe.steps} steps "
+        f"mIoU {found.before.mean_iou:.3f} before, {found.after.mean_iou:.3f} after {recipe.steps} steps "
         f"({found.training_seconds:.0f} s); needed {found.floor:.3f}, ceiling {found.ceiling.mean_iou:.3f}"
     )
     found.stages.append("training")
@@ -170,14 +189,19 @@ def _times(found: report.Report, options: argparse.Namespace, device: str) -> No
     with Progress("timing", len(rows)) as progress:
         for row in rows:
             if row.name in right:  # what is wrong has no time
-                found.times.append(contest.times(row, not options.quick, 0.1 if options.quick else 0.5))
+                found.times.append(
+                    contest.times(row, not options.quick, 0.1 if options.quick else 0.5)
+                )
             progress.advance(note=row.name)
     print_table(report.TIMES, *report.time_table(found.times))
     found.stages.append("timing")
 
 
 def _pictures(
-    found: report.Report, options: argparse.Namespace, model: torch.nn.Module, picture: Tensor | None
+    found: report.Report,
+    options: argparse.Namespace,
+    model: torch.nn.Module,
+    picture: Tensor | None,
 ) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -189,11 +213,15 @@ def _pictures(
     shown = scenes.draw(range(1000, 1006), PICTURE, seed=2 * options.seed + 1)
     said = predict(model, network.normalise(shown.images))
     tiles = list(zip(shown.images, shown.labels, said, strict=True))
-    gallery(options.out / "picture.png", tiles, ("image", "truth", "prediction"), *legend, columns=2)
+    gallery(
+        options.out / "picture.png", tiles, ("image", "truth", "prediction"), *legend, columns=2
+    )
     found.files.append("picture.png")
     if picture is not None:
         said = predict(model, network.normalise(picture))
-        gallery(options.out / "image.png", [(picture[0], said[0])], ("image", "prediction"), *legend)
+        gallery(
+            options.out / "image.png", [(picture[0], said[0])], ("image", "prediction"), *legend
+        )
         found.files.append("image.png")
     found.stages.append("pictures")
 

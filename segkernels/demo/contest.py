@@ -15,7 +15,7 @@ from segkernels.nn import DepthwiseConv2d, SeparableConv2d
 from segkernels.timing import interleave, memory_of
 from segkernels.tolerance import verdict
 
-FUSED, EAGER, LAST, COMPILED = "fused", "eager", "eager channels_last", "torch.compile"
+FUSED, EAGER, LAST, COMPILED = "fused", "eager", "channels_last", "compiled"
 RATE = 12
 CLEAR = 2e-6  # far above the rounding of a float32 near 1, seldom hit by 70 000 of them
 
@@ -28,13 +28,12 @@ class Contest:
     ours: nn.Module
     plain: nn.Module
     x: Tensor  # [B, C, H, W]
-    backward: bool  # forward and backward in training mode, or the forward alone for inference
+    backward: bool  # training: forward and backward; else inference: the forward alone
 
     @property
     def work(self) -> str:
         _, channels, height, width = self.x.shape
-        mode = "forward + backward" if self.backward else "inference"
-        return f"C {channels}, {height}x{width}, {mode}"
+        return f"{channels}x{height}x{width} {'training' if self.backward else 'inference'}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def contests(device: str, backend: str | None, small: bool) -> list[Contest]:
         ours, plain = (m.to(device) for m in build(channels, backend))
         plain.load_state_dict(ours.state_dict())
         for backward in (False, True):
-            rows.append(Contest(f"{kind} 3x3, rate {RATE}", ours, plain, x, backward))
+            rows.append(Contest(f"{kind} 3x3 rate {RATE}", ours, plain, x, backward))
     return rows
 
 
@@ -167,7 +166,9 @@ def _calls(contest: Contest, compiled: bool) -> Iterator[tuple[str, Callable[[],
     yield EAGER, _call(contest.plain, x, contest.backward)
     yield LAST, _call(plain_last, last, contest.backward)
     if compiled:
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for one graph
+        os.environ.setdefault(
+            "TORCHINDUCTOR_COMPILE_THREADS", "1"
+        )  # no pool of processes for one graph
         call = _call(torch.compile(plain_last), last, contest.backward)
         try:
             call()

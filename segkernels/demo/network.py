@@ -14,14 +14,14 @@ LONGEST_SUM = 9 * 128  # of the convolutions of the last stage: 3x3 over 128 cha
 
 
 def build(seed: int, backend: str | None) -> nn.Module:
-    """Images [B, 3, H, W] to logits [B, K, H, W]. The ASPP's rates fit the 8x8 map of a training scene."""
+    """Images [B, 3, H, W] to logits [B, K, H, W]. The ASPP's rates fit the 4x4 map of a training scene."""
     torch.manual_seed(seed)
     model = networks.build(
         "deeplabv3plus",
         num_classes=len(CLASSES),
         backbone="resnet18",
         width=16,
-        output_stride=8,
+        output_stride=16,
         channels=64,
         low_level_width=24,
         rates=(1, 2, 3),
