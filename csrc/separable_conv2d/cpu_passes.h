@@ -61,24 +61,34 @@ struct Partial {
   }
 };
 
+// Vectors of a tile, at (i, j) with the lanes m: whole ones, and the last of a row.
+#define SEGKERNELS_EACH_VECTOR(...)                            \
+  for (int64_t i = 0; i < rows; ++i) {                         \
+    int64_t j = 0;                                             \
+    for (; j + Vec<A>::lanes <= columns; j += Vec<A>::lanes) { \
+      constexpr Mask m = all_lanes<A>;                         \
+      __VA_ARGS__                                              \
+    }                                                          \
+    if (j < columns) {                                         \
+      const Mask m = lane_range<A>(0, columns - j);            \
+      __VA_ARGS__                                              \
+    }                                                          \
+  }
+
 // to = φ(scale·(from − mean) + shift)
 template <bool kLast, class S, class T, class A>
 void apply(Matrix<const S> from, Matrix<T> to, int64_t rows, int64_t columns, const Affine<A>& a) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += Vec<A>::lanes) {
-      const Mask m = lane_range<A>(0, columns - j);
-      const Vec<A> u = load<A>(from.p + i * from.step + j, m);
-      store(to.p + i * to.step + j, activate(affine<kLast>(u, a, i, j), a.clip), m);
-    }
+  SEGKERNELS_EACH_VECTOR({
+    const Vec<A> u = load<A>(from.p + i * from.step + j, m);
+    store(to.p + i * to.step + j, activate(affine<kLast>(u, a, i, j), a.clip), m);
+  })
 }
 
 template <class A, class T>
 void copy(Matrix<const A> from, Matrix<T> to, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += Vec<A>::lanes) {
-      const Mask m = lane_range<A>(0, columns - j);
-      store(to.p + i * to.step + j, load<A>(from.p + i * from.step + j, m), m);
-    }
+  SEGKERNELS_EACH_VECTOR({
+    store(to.p + i * to.step + j, load<A>(from.p + i * from.step + j, m), m);
+  })
 }
 
 // Adds the moments of a tile (mean, and Σ(u − mean)² around it) to those of `count` numbers before it (Chan et al. 1983).
@@ -87,17 +97,13 @@ void add_moments(Matrix<const T> u, int64_t rows, int64_t columns, int64_t count
                  Partial<kLast, A> partial, A* tile_mean) {
   const int64_t channels = kLast ? columns : rows, n = kLast ? rows : columns;
   partial.clear(channels);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += Vec<A>::lanes)
-      partial.add(load<A>(u.p + i * u.step + j, lane_range<A>(0, columns - j)), i, j);
+  SEGKERNELS_EACH_VECTOR({ partial.add(load<A>(u.p + i * u.step + j, m), i, j); })
   for (int64_t c = 0; c < channels; ++c) tile_mean[c] = partial.at(c) / A(n);
   partial.clear(channels);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += Vec<A>::lanes) {
-      const Mask m = lane_range<A>(0, columns - j);
-      const Vec<A> e = load<A>(u.p + i * u.step + j, m) - channel<kLast>(tile_mean, i, j);
-      partial.add(fma(e, e, splat(A(0)), m), i, j);
-    }
+  SEGKERNELS_EACH_VECTOR({
+    const Vec<A> e = load<A>(u.p + i * u.step + j, m) - channel<kLast>(tile_mean, i, j);
+    partial.add(fma(e, e, splat(A(0)), m), i, j);
+  })
   const A part = A(n) / A(count + n);
   for (int64_t c = 0; c < channels; ++c) {
     const A delta = count ? tile_mean[c] - mean[c] : A(0);
@@ -110,60 +116,54 @@ void add_moments(Matrix<const T> u, int64_t rows, int64_t columns, int64_t count
 template <bool kLast, class T, class A>
 void outer_gradient(Matrix<const T> dy, Matrix<const T> y, Matrix<A> g, int64_t rows, int64_t columns, Clip<A> clip,
                     Partial<kLast, A> sum_g) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += Vec<A>::lanes) {
-      const Mask m = lane_range<A>(0, columns - j);
-      Vec<A> gi = load<A>(dy.p + i * dy.step + j, m);
-      if (y.p) gi = through(gi, load<A>(y.p + i * y.step + j, m), clip);
-      store(g.p + i * g.step + j, gi);
-      sum_g.add(gi, i, j);
-    }
+  SEGKERNELS_EACH_VECTOR({
+    Vec<A> gi = load<A>(dy.p + i * dy.step + j, m);
+    if (y.p) gi = through(gi, load<A>(y.p + i * y.step + j, m), clip);
+    store(g.p + i * g.step + j, gi);
+    sum_g.add(gi, i, j);
+  })
 }
 
 // Outer stage with moments, first Σg and Σg·n, then (kFinish) the gradient of o.
 template <bool kFinish, bool kLast, class T, class A>
 void outer_standardised(Matrix<const T> dy, Matrix<const T> o, Matrix<A> d_o, int64_t rows, int64_t columns,
                         const Affine<A>& a, Partial<kLast, A> sum_g, Partial<kLast, A> sum_gn) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += Vec<A>::lanes) {
-      const Mask m = lane_range<A>(0, columns - j);
-      const Vec<A> u = load<A>(o.p + i * o.step + j, m), n = standard<kLast>(u, a, i, j);
-      const Vec<A> g = through(load<A>(dy.p + i * dy.step + j, m), affine<kLast>(u, a, i, j), a.clip);
-      if constexpr (kFinish) {
-        store(d_o.p + i * d_o.step + j, centred<kLast>(g, n, a, i, j));
-      } else {
-        sum_g.add(g, i, j);
-        sum_gn.add(g * n, i, j);
-      }
+  SEGKERNELS_EACH_VECTOR({
+    const Vec<A> u = load<A>(o.p + i * o.step + j, m), n = standard<kLast>(u, a, i, j);
+    const Vec<A> g = through(load<A>(dy.p + i * dy.step + j, m), affine<kLast>(u, a, i, j), a.clip);
+    if constexpr (kFinish) {
+      store(d_o.p + i * d_o.step + j, centred<kLast>(g, n, a, i, j));
+    } else {
+      sum_g.add(g, i, j);
+      sum_gn.add(g * n, i, j);
     }
+  })
 }
 
 // Inner stage: g = dh·φ₁'(h), Σg and Σg·n; out is g (moments still to be taken through) or scale·g.
 template <bool kLast, class T, class A>
 void inner_gradient(Matrix<const A> dh, Matrix<const A> h, Matrix<const T> d, T* out, int64_t out_step, int64_t rows,
                     int64_t columns, const Affine<A>& a, Partial<kLast, A> sum_g, Partial<kLast, A> sum_gn) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += Vec<A>::lanes) {
-      const Mask m = lane_range<A>(0, columns - j);
-      const Vec<A> g = through(load<A>(dh.p + i * dh.step + j, m), load<A>(h.p + i * h.step + j, m), a.clip);
-      const Vec<A> n = standard<kLast>(load<A>(d.p + i * d.step + j, m), a, i, j);
-      if (out) store(out + i * out_step + j, a.standardised ? g : g * channel<kLast>(a.scale, i, j), m);
-      sum_g.add(g, i, j);
-      sum_gn.add(g * n, i, j);
-    }
+  SEGKERNELS_EACH_VECTOR({
+    const Vec<A> g = through(load<A>(dh.p + i * dh.step + j, m), load<A>(h.p + i * h.step + j, m), a.clip);
+    const Vec<A> n = standard<kLast>(load<A>(d.p + i * d.step + j, m), a, i, j);
+    if (out) store(out + i * out_step + j, a.standardised ? g : g * channel<kLast>(a.scale, i, j), m);
+    sum_g.add(g, i, j);
+    sum_gn.add(g * n, i, j);
+  })
 }
 
 // Inner stage with moments: the gradient of d, from g, in place.
 template <bool kLast, class T, class A>
 void inner_standardised(Matrix<const T> d, Matrix<T> g, int64_t rows, int64_t columns, const Affine<A>& a) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += Vec<A>::lanes) {
-      const Mask m = lane_range<A>(0, columns - j);
-      T* p = g.p + i * g.step + j;
-      const Vec<A> n = standard<kLast>(load<A>(d.p + i * d.step + j, m), a, i, j);
-      store(p, centred<kLast>(load<A>(p, m), n, a, i, j), m);
-    }
+  SEGKERNELS_EACH_VECTOR({
+    T* p = g.p + i * g.step + j;
+    const Vec<A> n = standard<kLast>(load<A>(d.p + i * d.step + j, m), a, i, j);
+    store(p, centred<kLast>(load<A>(p, m), n, a, i, j), m);
+  })
 }
+
+#undef SEGKERNELS_EACH_VECTOR
 
 }  // namespace SEGKERNELS_ISA
 }  // namespace
