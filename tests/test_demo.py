@@ -1,4 +1,4 @@
-"""The main job as a user runs it, quick: exit status, files, mIoU, an own picture, Ctrl-C, errors."""
+"""The main job as a user runs it, quick: exit status, files, mIoU, own picture, Ctrl-C, errors."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_it_is_quiet_in_a_pipe(finished: tuple[Path, subprocess.CompletedProcess
 
 
 def test_ctrl_c(tmp_path: Path) -> None:
-    """Where the network is being trained: the exit status of an interrupt, what was done, no traceback."""
+    """While the network is being trained: status 130, what was done so far, no traceback."""
     process = subprocess.Popen(
         command("--out", tmp_path),
         env=environment() | {"PYTHONUNBUFFERED": "1"},
@@ -144,7 +144,7 @@ def test_bad_options(
 
 
 class Wrong(nn.Module):
-    """A layer whose gradient is right and whose result is off by a hundredth, or the other way round."""
+    """A layer whose result is off by a hundredth and its gradient right, or the other way round."""
 
     def __init__(self, layer: nn.Module, result: bool) -> None:
         super().__init__()

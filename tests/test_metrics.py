@@ -1,7 +1,7 @@
 """Metrics: the definitions on small matrices, and the numbers of eight published implementations.
 
-`tests/golden/metrics.json` holds every published case; `python -m tests.test_metrics` writes it anew from the full
-golden folder, where that is found beside the checkout.
+`tests/golden/metrics.json` holds every published case; `python -m tests.test_metrics` writes it
+anew from the full golden folder, where that is found beside the checkout.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NAMES |= {"class_acc": "class_accuracy"}
 
 
 def expected(n: Tensor, images: list[Tensor], repository: str) -> dict[str, Any]:
-    """Everything the published code returns, by its names, from the confusion matrix (and those of the images)."""
+    """All that published code returns, by its names, from the confusion matrices."""
     options = CONVENTIONS[repository]
     result = scores(n, **options)
     t, p, correct = n.sum(1), n.sum(0), n.diag()

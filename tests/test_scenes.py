@@ -1,4 +1,4 @@
-"""Generated scenes: the same everywhere, every class there, and a ceiling that is what theory says."""
+"""Generated scenes: the same everywhere, every class seen, the ceiling as theory has it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_class_is_seen() -> None:
 
 
 def test_the_ceiling_is_the_overlap_of_the_stripes() -> None:
-    """A share of OVERLAP/(1/2 + OVERLAP) of the striped pixels, and nothing else, is beyond the oracle."""
+    """OVERLAP/(1/2 + OVERLAP) of the striped pixels, and nothing else, is beyond the oracle."""
     drawn = scenes.draw(range(512), 32, seed=9)
     n = scenes.ceiling(drawn)
     striped = [scenes.FINE, scenes.BROAD]

@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Check:
-    """Errors of ours against float64 (the gradient: the one nearest its limit), and what is allowed."""
+    """Errors of ours against float64 and their limits; of the gradients, that nearest its limit."""
 
     name: str
     forward: float
@@ -63,7 +64,7 @@ class Times:
 
 
 def contests(device: str, backend: str | None, small: bool) -> list[Contest]:
-    """Depthwise and separable 3x3 at rate 12, on the map of a DeepLab context module or a small one."""
+    """Depthwise and separable 3x3 at rate 12, on the map of a DeepLab head or on a small one."""
     channels, side = (64, 33) if small else (256, 65)
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
@@ -77,8 +78,10 @@ def contests(device: str, backend: str | None, small: bool) -> list[Contest]:
 
 def _depthwise(channels: int, backend: str | None) -> tuple[nn.Module, nn.Module]:
     ours = DepthwiseConv2d(channels, 3, dilation=RATE, bias=False, backend=backend)
-    options = {"padding": RATE, "dilation": RATE, "groups": channels, "bias": False}
-    return ours, nn.Conv2d(channels, channels, 3, **options)
+    plain = nn.Conv2d(
+        channels, channels, 3, padding=RATE, dilation=RATE, groups=channels, bias=False
+    )
+    return ours, plain
 
 
 def _separable(channels: int, backend: str | None) -> tuple[nn.Module, nn.Module]:
@@ -95,10 +98,11 @@ def _separable(channels: int, backend: str | None) -> tuple[nn.Module, nn.Module
 
 
 def check(contest: Contest) -> Check:
-    """Result and gradients of ours and of plain PyTorch in float32, both against plain PyTorch in float64.
+    """Ours and plain PyTorch in float32, result and gradients, against plain PyTorch in float64.
 
-    Held to the law of tolerance (`segkernels.tolerance`); the longest sums, those of the weights' gradients, are over all
-    pixels. A ReLU's gradient jumps at 0, where rounding decides the side: the input is one that stays clear of it.
+    Held to the law of tolerance (`segkernels.tolerance`); the longest sums, those of the weights'
+    gradients, are over all pixels. A ReLU's gradient jumps at 0, where rounding decides the side:
+    the input is one that stays clear of it.
     """
     twin = copy.deepcopy(contest.plain).double()
     x = next(x for x in _inputs(contest.x) if _clearance(twin, x) > CLEAR)
@@ -106,7 +110,10 @@ def check(contest: Contest) -> Check:
     results = [_results(m, x, cotangent) for m in (contest.ours, contest.plain)]
     truth = _results(twin, x.double(), cotangent.double())
     pixels = x.numel() // x.shape[1]
-    verdicts = [verdict(*each, x.dtype, pixels) for each in zip(*results, truth, strict=True)]
+    verdicts = [
+        verdict(got, plain, true, x.dtype, pixels)
+        for got, plain, true in zip(*results, truth, strict=True)
+    ]
     (forward, allowed), *gradients = verdicts
     gradient, allowed_gradient = max(gradients, key=lambda v: v[0] / v[1])
     return Check(contest.name, forward, gradient, (allowed, allowed_gradient))
@@ -145,7 +152,7 @@ def _results(module: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
 
 
 def times(contest: Contest, compiled: bool, budget: float) -> Times:
-    """Time and peak memory of all contenders, in turns; the layouts are each one's own (ours: channels_last)."""
+    """Time and peak memory of all contenders, in turns."""
     calls = dict(_calls(contest, compiled))
     run = interleave(calls, device=contest.x.device, budget=budget, rounds=(3, 100))
     others = [name for name in calls if name != FUSED]
@@ -161,7 +168,8 @@ def times(contest: Contest, compiled: bool, budget: float) -> Times:
 
 def _calls(contest: Contest, compiled: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     x, last = contest.x, contest.x.to(memory_format=torch.channels_last)
-    plain_last = copy.deepcopy(contest.plain).to(memory_format=torch.channels_last)
+    plain_last = copy.deepcopy(contest.plain)
+    plain_last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     yield FUSED, _call(contest.ours, last, contest.backward)
     yield EAGER, _call(contest.plain, x, contest.backward)
     yield LAST, _call(plain_last, last, contest.backward)
@@ -169,7 +177,7 @@ def _calls(contest: Contest, compiled: bool) -> Iterator[tuple[str, Callable[[],
         os.environ.setdefault(
             "TORCHINDUCTOR_COMPILE_THREADS", "1"
         )  # no pool of processes for one graph
-        call = _call(torch.compile(plain_last), last, contest.backward)
+        call = _call(cast(nn.Module, torch.compile(plain_last)), last, contest.backward)
         try:
             call()
         except Exception:  # no C++ compiler, say: the row goes without

@@ -14,7 +14,7 @@ LONGEST_SUM = 9 * 128  # of the convolutions of the last stage: 3x3 over 128 cha
 
 
 def build(seed: int, backend: str | None) -> nn.Module:
-    """Images [B, 3, H, W] to logits [B, K, H, W]. The ASPP's rates fit the 4x4 map of a training scene."""
+    """Images [B, 3, H, W] to logits [B, K, H, W]; the ASPP's rates fit the 4x4 map of a scene."""
     torch.manual_seed(seed)
     model = networks.build(
         "deeplabv3plus",
@@ -27,7 +27,8 @@ def build(seed: int, backend: str | None) -> nn.Module:
         rates=(1, 2, 3),
         backend=backend,
     )
-    return model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -37,10 +38,11 @@ def normalise(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check(model: nn.Module, images: Tensor) -> Check:
-    """Logits of the trained network against those of its copy on the reference, in float32 and float64.
+    """Logits of the trained network against its copy on the reference, in float32 and float64.
 
-    The forward only: hundreds of thousands of ReLUs and maxima decide by rounding which way a gradient goes, in plain
-    PyTorch as well. Gradients are compared layer by layer (`contest.check`).
+    The forward only: hundreds of thousands of ReLUs and maxima decide by rounding which way a
+    gradient goes, in plain PyTorch as well. Gradients are compared layer by layer
+    (`contest.check`).
     """
     plain = build(0, "reference").to(images.device)
     plain.load_state_dict(model.state_dict())

@@ -114,7 +114,8 @@ class Report:
             ),
             f"## IoU, {len(self.losses)} training steps in {self.training_seconds:.0f} s",
             _markdown(("", "before", "after", "ceiling"), scored),
-            f"Needed: mIoU {self.floor:.3f}. The ceiling is what an oracle reaches that knows all but what the picture hides.",
+            f"Needed: mIoU {self.floor:.3f}. The ceiling is the score of an oracle that knows all "
+            "but what the picture hides.",
             *(f"![{name}]({name})" for name in self.files if name.endswith(".png")),
             f"## {CHECKS}",
             _markdown(*check_table(self.checks)),
