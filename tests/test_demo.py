@@ -108,6 +108,9 @@ def test_ctrl_c(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a background job's is off
     )
     assert process.stdout is not None
     for line in process.stdout:
