@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 import warnings
@@ -124,13 +125,18 @@ def _environment(found: report.Report, device: str, backend: str | None) -> None
     found.environment = report.environment(device)
     for name, value in found.environment.items():
         print(f"{name:<12}{value}")
+    asked = backend or os.environ.get("SEGKERNELS_BACKEND", "auto")
     rows = []
     for op in fused.OPERATORS:
         reasons = fused.explain(op)
-        taken = backend or next(b for b, reason in reasons.items() if reason is None)
-        why = "; ".join(f"{b}: {reason}" for b, reason in reasons.items() if reason and b != taken)
-        rows.append((op, taken, "asked for" if backend else why or "first in the order"))
-        found.backends[op] = {"taken": taken, "reasons": reasons}
+        if asked in reasons:
+            taken, why = asked, "asked for"
+        else:
+            taken = next(name for name, reason in reasons.items() if reason is None)
+            before = list(reasons)[: list(reasons).index(taken)]
+            why = "; ".join(f"{name}: {reasons[name]}" for name in before) or "the first choice"
+        rows.append((op, taken, why))
+        found.backends[op] = {"taken": taken, "why": why, "reasons": reasons}
     print_table("Backends", ("operator", "runs on", "why"), rows)
     found.stages.append("environment")
 
@@ -153,7 +159,7 @@ def _train(found: report.Report, options: argparse.Namespace, device: str) -> to
     found.before = measured()
     found.ceiling = scores(scenes.ceiling(held_out))
     found.floor = plan.floor * found.ceiling.mean_iou
-    started = time.perf_counter()
+    started = time.monotonic()
     with Progress("training", recipe.steps) as progress:
 
         def advance(step: int, loss: float) -> None:
@@ -161,7 +167,7 @@ def _train(found: report.Report, options: argparse.Namespace, device: str) -> to
             found.training = f"{step + 1} of {recipe.steps} training steps (loss {loss:.3f})"
 
         found.losses = train(model, data, recipe, advance)
-    found.training_seconds = time.perf_counter() - started
+    found.training_seconds = time.monotonic() - started
     found.after = measured()
     print(
         f"mIoU {found.before.mean_iou:.3f} before, {found.after.mean_iou:.3f} after "

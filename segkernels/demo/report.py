@@ -46,11 +46,11 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     times: list[Times] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
         """Since the start."""
-        return time.perf_counter() - self.started
+        return time.monotonic() - self.started
 
     def done(self) -> str:
         """The finished stages, and how far training came."""
