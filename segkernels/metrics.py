@@ -1,18 +1,21 @@
 """Scores of semantic segmentation, all from one confusion matrix over the whole data set.
 
-With n[i, j] the number of pixels of class i predicted as j, t[i] = Σⱼ n[i, j] and p[j] = Σᵢ n[i, j]
-(Long, Shelhamer, Darrell, "Fully convolutional networks for semantic segmentation", 2015, section 5):
+With n[i, j] the number of pixels of class i predicted as j, t[i] = Σⱼ n[i, j], p[j] = Σᵢ n[i, j]
+(Long, Shelhamer, Darrell, "Fully convolutional networks for semantic segmentation", CVPR 2015,
+section 5):
 
     pixel accuracy        Σᵢ n[i, i] / Σᵢ t[i]
-    class accuracy        n[i, i] / t[i]                             its mean over i: mean accuracy
-    class IoU             n[i, i] / (t[i] + p[i] − n[i, i])          its mean over i: mean IoU (mIoU)
+    class accuracy        n[i, i] / t[i]                        mean over i: mean accuracy
+    class IoU             n[i, i] / (t[i] + p[i] − n[i, i])     mean over i: mean IoU (mIoU)
     frequency-weighted    Σᵢ t[i]·IoU[i] / Σᵢ t[i]
 
-Published code disagrees about a class whose denominator is zero; `absent` and `epsilon` of `scores` name the conventions:
+Published code disagrees about a class whose denominator is zero; `absent` and `epsilon` of `scores`
+name the conventions:
 
-    absent="skip"           the class is left out of the mean: FCN, torchfcn, jfzhang95, VainF, EMANet, mmseg
-    absent="zero"           the class counts as 0: semseg (epsilon=1e-10), PyTorch-Encoding (epsilon=2**-52)
-    absent="unlabelled"     left out of the mean IoU if it is never labelled, even where it is predicted: deeplab-pytorch
+    "skip"          left out of the mean: FCN, torchfcn, jfzhang95, VainF, EMANet, mmseg
+    "zero"          counts as 0: semseg (epsilon=1e-10), PyTorch-Encoding (epsilon=2**-52)
+    "unlabelled"    left out of the mean IoU where it is never labelled, even if it is predicted:
+                    deeplab-pytorch
 """
 
 from __future__ import annotations
@@ -39,14 +42,19 @@ class Scores(NamedTuple):
 def confusion_matrix(
     prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None = 255
 ) -> Tensor:
-    """Counts n[i, j] of pixels of class i predicted as j: [C, C] int64. Add the matrices of all batches, then score.
+    """Counts n[i, j] of pixels of class i predicted as j: [C, C] int64.
+
+    Add the matrices of all batches, then score the sum.
 
     Args:
-        prediction: class indices in [0, C), integers of any shape (`logits.argmax(1)`; ties go to the lowest class).
-        target: class indices, same shape. A pixel whose target is `ignore_index` or outside [0, C) is not counted.
+        prediction: class indices in [0, C), integers of any shape (`logits.argmax(1)`; ties go to
+            the lowest class).
+        target: class indices, same shape. A pixel whose target is `ignore_index` or outside [0, C)
+            is not counted.
 
     Raises:
-        ValueError: shapes differ, a tensor is not of integers, or a counted pixel is predicted outside [0, C).
+        ValueError: shapes differ, a tensor is not of integers, or a counted pixel is predicted
+            outside [0, C).
     """
     if prediction.shape != target.shape:
         raise ValueError(
@@ -70,7 +78,7 @@ def confusion_matrix(
 
 
 def scores(confusion: Tensor, absent: Absent = "skip", epsilon: float = 0.0) -> Scores:
-    """Scores of a confusion matrix n [C, C] (rows: target, columns: prediction), computed in float64.
+    """Scores of a confusion matrix n [C, C] (rows: target, columns: prediction), in float64.
 
     Args:
         absent: what a class with a zero denominator does to a mean, see above.

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar with rich, a line with plain text, nothing where nobody watches."""
+"""Progress on the terminal: a bar with rich, a line without, nothing where nobody watches."""
 
 from __future__ import annotations
 

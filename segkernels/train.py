@@ -1,7 +1,7 @@
-"""Training and evaluation of segmentation networks: one loop, for a network that maps images to logits.
+"""Training and evaluation of segmentation networks: one loop for all that map images to logits.
 
-A run is decided by its seed: the order of the samples and their flips come from a generator of their own, and
-PyTorch's generator (dropout) is seeded for the run and put back afterwards.
+A run is decided by its seed: the order of the samples and their flips come from a generator of
+their own, and PyTorch's generator (dropout) is seeded for the run and put back afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ IGNORE = 255  # a pixel with this label has no loss and no score
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The learning rate rises over `warmup` steps and falls as (1 − step/steps)^power ("poly")."""
+    """How to train; the rate rises over `warmup` steps and falls as (1 − step/steps)^power, "poly".
+
+    batch: images a step. flip: batches are mirrored and transposed at random, one of eight ways.
+    """
 
     steps: int
     batch: int = 16
@@ -33,7 +36,7 @@ class Recipe:
     weight_decay: float = 1e-4
     power: float = 0.9
     warmup: int = 20
-    flip: bool = True  # mirror and transpose batches at random
+    flip: bool = True
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -55,14 +58,15 @@ class Recipe:
 
 def train(
     model: nn.Module,
-    data: Dataset[tuple[Tensor, Tensor]],
+    data: Dataset[tuple[Tensor, ...]],
     recipe: Recipe,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[float]:
     """Minimise the cross entropy of `model` on `data`, in place; returns the loss of every step.
 
-    model: images [B, 3, H, W] to logits [B, K, H, W]; it is left in training mode, where its parameters are.
-    data: pairs of image [3, H, W] and label [H, W] (int64; 255 is ignored). report(step, loss) is called after every step.
+    model: images [B, 3, H, W] to logits [B, K, H, W]; it is left in training mode, where its
+    parameters are. data: pairs of image [3, H, W] and label [H, W] (int64; 255 is ignored).
+    report(step, loss) is called after every step.
 
     Raises:
         FloatingPointError: the loss is no longer a number; the model is what diverged.
@@ -80,7 +84,7 @@ def train(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
                     f"the loss became {losses[-1]} at step {step}\n"
@@ -90,10 +94,8 @@ def train(
     return losses
 
 
-def _batches(
-    data: Dataset[tuple[Tensor, Tensor]], recipe: Recipe
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`recipe.steps` batches: passes over the data in random order, each batch mirrored one of eight ways."""
+def _batches(data: Dataset[tuple[Tensor, ...]], recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """`recipe.steps` batches: passes over the data in random order, mirrored at random."""
     generator = torch.Generator().manual_seed(recipe.seed)
     loader = DataLoader(data, recipe.batch, shuffle=True, drop_last=True, generator=generator)
     if len(loader) == 0:
@@ -103,23 +105,23 @@ def _batches(
             epoch = iter(loader)
         images, labels = next(epoch)
         if recipe.flip:
-            ways = torch.randint(8, (), generator=generator).item()
+            ways = int(torch.randint(8, (), generator=generator))
             images, labels = _mirror(images, ways), _mirror(labels, ways)
         yield images, labels
 
 
-def _mirror(maps: Tensor, ways: float) -> Tensor:
+def _mirror(maps: Tensor, ways: int) -> Tensor:
     """One of the eight symmetries of the square (four of a map that is not square)."""
-    if int(ways) & 1:
+    if ways & 1:
         maps = maps.flip(-1)
-    if int(ways) & 2:
+    if ways & 2:
         maps = maps.flip(-2)
-    return maps.mT if int(ways) & 4 and maps.shape[-1] == maps.shape[-2] else maps
+    return maps.mT if ways & 4 and maps.shape[-1] == maps.shape[-2] else maps
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
-    """Classes [B, H, W] of images [B, 3, H, W], in evaluation mode; the model's own mode is kept."""
+    """Classes [B, H, W] of images [B, 3, H, W] in evaluation mode; the model's mode is kept."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
@@ -133,5 +135,5 @@ def predict(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Confusion matrix [K, K] (`segkernels.metrics.scores` reads it) of a model on images and labels."""
+    """Confusion matrix [K, K] of a model on images and labels, for `segkernels.metrics.scores`."""
     return confusion_matrix(predict(model, images), labels, num_classes, IGNORE)

@@ -1,29 +1,32 @@
 """Generated scenes for semantic segmentation, with a known ceiling.
 
-A scene is a smooth background under a pile of shapes that hide one another, lit by a gradient and seen through noise.
-Scene `i` of seed `s` is the same picture on every machine: its random numbers are the Philox stream of key (s, i), and
-the picture is rounded to 8 bits.
+A scene is a smooth background under a pile of shapes that hide one another, lit by a gradient and
+seen through noise. Scene `i` of seed `s` is the same picture on every machine: its random numbers
+are the Philox stream of key (s, i), and the picture is rounded to 8 bits.
 
-What tells the classes apart. Colours are drawn from one distribution for every class and tell nothing. `fine` and
-`broad` stripes, `checks`, `rings` and `speckle` are textures on any of three shapes (disc, square, bar): a few pixels
-suffice. `disc` and `square` are plain: only the outline, up to 2·RADIUS[1] pixels away, tells one from the other.
+What tells the classes apart. Every class has a range of hues, and the ranges overlap: colour
+suggests, form decides. `fine` and `broad` stripes (of one colour), `checks`, `rings` and `speckle`
+are textures on any of three outlines (disc, square, bar); `disc` and `bar` are plain, and only an
+outline up to 2·RADIUS[1] pixels wide tells one from the other.
 
-The ceiling. Fine and broad stripes overlap on purpose. With t the position of the stripe period between its extremes
-(period = PERIOD[0]·(PERIOD[1]/PERIOD[0])ᵗ),
+The ceiling. Fine and broad stripes overlap on purpose. With t the position of the stripe period
+between its extremes (period = PERIOD[0]·(PERIOD[1]/PERIOD[0])ᵗ),
 
     t | fine  ~ U(0, ½ + OVERLAP)          t | broad ~ U(½ − OVERLAP, 1)
 
-and both classes are equally frequent, so for t in (½ − OVERLAP, ½ + OVERLAP) a picture is as likely to show the one as the
-other. The Bayes rule is `fine` if t < ½, else `broad`. It errs on OVERLAP/(½ + OVERLAP) of the objects of either class,
-and no function of the picture errs on fewer. `Scenes.oracle` is what this rule answers when it is given every outline
-and every t exactly; its mIoU against `Scenes.labels` is the ceiling. With OVERLAP = 0.03 (5.7 % of the striped objects) the two
-striped classes have an IoU of about 0.89 each, the others 1: a ceiling of 0.974 (`ceiling()` measures it). What a network
-loses beyond that are outlines under noise and objects of which too little is left visible.
+and both classes are equally frequent, so for t in (½ − OVERLAP, ½ + OVERLAP) a picture is as likely
+to show the one as the other. The Bayes rule is `fine` if t < ½, else `broad`. It errs on a
+share OVERLAP/(½ + OVERLAP) of either class, and on average no function of the picture errs on less.
+`Scenes.oracle` is what this rule answers when it is given every outline and every t exactly; its
+mIoU against `Scenes.labels` is the ceiling. With OVERLAP = 0.03 (5.7 % of the striped objects) the
+two striped classes have an IoU of about 0.89 each, the others 1: a ceiling of 0.974 (`ceiling()`
+measures it). What a network loses beyond that are outlines under noise and objects of which too
+little is left visible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,13 +53,14 @@ PALETTE = torch.tensor(
     dtype=torch.uint8,
 )
 
-OBJECTS = 5  # shapes per scene; the later ones hide the earlier ones
-RADIUS = (10.0, 18.0)  # pixels
-PERIOD = (4.0, 16.0)  # pixels per stripe pair
-HUE = np.array([0, 0.0, 0.0, 0.45, 0.57, 0.8, 0.22, 0.34])
-HUE_SPREAD = 0.08
-OVERLAP = 0.03  # see above
-NOISE = 0.06  # standard deviation of the pixel noise, on a scale of 0 to 1
+OBJECTS = 4  # shapes per scene; the later ones hide the earlier ones
+RADIUS = (12.0, 20.0)  # pixels
+PERIOD = (4.0, 18.0)  # pixels per stripe pair
+HUE = np.array([np.nan, 0.0, 0.0, 0.45, 0.57, 0.8, 0.22, 0.35])  # by class, in turns
+HUE_SPREAD = 0.08  # to either side
+OVERLAP = 0.03  # of the stripes' periods, see above
+NOISE = 0.05  # standard deviation of the pixel noise, on a scale of 0 to 1
+CHUNK = 32  # scenes painted at a time, to stay in the caches
 
 
 class Scenes(NamedTuple):
@@ -97,7 +101,7 @@ def _objects(u: np.ndarray, height: int, width: int) -> _Objects:
         column=(0.1 + 0.8 * u[..., 4]) * width,
         radius=RADIUS[0] + u[..., 5] * (RADIUS[1] - RADIUS[0]),
         angle=u[..., 6] * np.pi,
-        # Checks and rings keep to the middle periods: they are to be told by their form, not by their scale.
+        # Checks and rings keep to the middle periods: form is to tell them, not scale.
         period=PERIOD[0] * (PERIOD[1] / PERIOD[0]) ** np.where(striped, t, 0.3 + 0.4 * t),
         phase=u[..., 7] * 2 * np.pi,
         colour=0.55 + 0.35 * np.cos(2 * np.pi * (hue[..., None] + np.arange(3) / 3)),
@@ -105,7 +109,7 @@ def _objects(u: np.ndarray, height: int, width: int) -> _Objects:
 
 
 def _paint(o: _Objects, k: int, grain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Outline [B, H, W] (bool) and brightness [B, H, W] of shape k of every scene. grain [B, H, W] is the speckle."""
+    """Outline (bool) and brightness of shape k of every scene, from the speckle: all [B, H, W]."""
 
     def of(name: str) -> np.ndarray:
         return getattr(o, name)[:, k, None, None]
@@ -121,7 +125,7 @@ def _paint(o: _Objects, k: int, grain: np.ndarray) -> tuple[np.ndarray, np.ndarr
     outside = np.select(
         [of("shape") == 0, of("shape") == 1],
         [r - radius, np.maximum(np.abs(a), np.abs(b)) - square],
-        np.maximum(np.abs(a) / 1.3, np.abs(b) * 2.3) - square,
+        np.maximum(np.abs(a) / 1.3, np.abs(b) * 2.0) - square,
     )
     omega, phase = (2 * np.pi / of("period")).astype(np.float32), of("phase").astype(np.float32)
     label = of("label")
@@ -143,13 +147,20 @@ def _smooth(coarse: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def draw(indices: Iterable[int], size: int | tuple[int, int] = 64, seed: int = 0) -> Scenes:
-    """Scenes number `indices` (each ≥ 0) of `seed` (≥ 0), `size` pixels square or (height, width)."""
+    """Scenes number `indices` (≥ 0) of `seed` (≥ 0), `size` pixels square or (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
     index = [int(i) for i in indices]
     if height < 1 or width < 1 or seed < 0 or min(index, default=0) < 0:
         raise ValueError(
-            f"scenes need size ≥ 1, seed ≥ 0 and indices ≥ 0, got size={size}, seed={seed}"
+            "scenes need size ≥ 1, seed ≥ 0 and indices ≥ 0"
+            f"\n  size: {size}\n  seed: {seed}\n  smallest index: {min(index, default=None)}"
         )
+    chunks = [index[i : i + CHUNK] for i in range(0, max(len(index), 1), CHUNK)]
+    parts = [_draw(chunk, height, width, seed) for chunk in chunks]
+    return Scenes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _draw(index: Sequence[int], height: int, width: int, seed: int) -> Scenes:
     streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in index]
 
     def uniform(*shape: int) -> np.ndarray:  # [B, *shape] in [0, 1)
@@ -175,5 +186,5 @@ def draw(indices: Iterable[int], size: int | tuple[int, int] = 64, seed: int = 0
 
 
 def ceiling(scenes: Scenes) -> Tensor:
-    """Confusion matrix of the oracle on `scenes`: `scores(ceiling(scenes)).mean_iou` is the highest mIoU to expect there."""
+    """Confusion matrix [K, K] of the oracle on `scenes`; its mIoU is the most to expect there."""
     return confusion_matrix(scenes.oracle, scenes.labels, len(CLASSES))

@@ -15,7 +15,7 @@ INK, PAPER = (235, 235, 240), (24, 24, 28)
 
 
 def read(path: Path, longest: int = 256) -> Tensor:
-    """A picture file as [1, 3, H, W] float32 in [0, 1], shrunk to at most `longest` pixels a side."""
+    """A picture file as [1, 3, H, W] in [0, 1], shrunk to at most `longest` pixels a side."""
     with Image.open(path) as file:
         picture = file.convert("RGB")
     picture.thumbnail((longest, longest))
@@ -31,10 +31,10 @@ def gallery(
     palette: Tensor,
     columns: int = 1,
 ) -> None:
-    """Write a PNG: `columns` scenes a row, each its tiles side by side under `headings`, and a legend.
+    """Write a PNG: `columns` scenes a row, each its tiles side by side, headings and a legend.
 
-    A tile is an image [3, H, W] in [0, 1] or a map of labels [H, W], painted in the palette [K, 3] (uint8). All tiles
-    have one size.
+    A tile is an image [3, H, W] in [0, 1] or a map of labels [H, W], painted in the palette [K, 3]
+    (uint8). All tiles have one size.
     """
     font = ImageFont.load_default(13)
     height, width = (ZOOM * side for side in scenes[0][0].shape[-2:])
@@ -45,7 +45,7 @@ def gallery(
     size = (across * (width + GAP) + GAP, legend + 28)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
-    for place, heading in enumerate(headings * columns):
+    for place, heading in enumerate([*headings] * columns):
         pen.text((GAP + place * (width + GAP), 4), heading, INK, font)
     for number, scene in enumerate(scenes):
         row, column = divmod(number, columns)
@@ -60,7 +60,7 @@ def gallery(
         colour = tuple(palette[number].tolist())
         pen.rectangle((x, legend + 5, x + 13, legend + 18), colour, INK)
         pen.text((x + 19, legend + 4), name, INK, font)
-    sheet.save(path, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _tile(tile: Tensor, palette: Tensor) -> Image.Image:

@@ -1,0 +1,53 @@
+"""The demo's network: a DeepLabv3+ small enough for two cores and forty seconds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from segkernels import networks
+from segkernels.data.scenes import CLASSES
+from segkernels.demo.contest import Check
+from segkernels.tolerance import verdict
+
+LONGEST_SUM = 9 * 128  # of the convolutions of the last stage: 3x3 over 128 channels
+
+
+def build(seed: int, backend: str | None) -> nn.Module:
+    """Images [B, 3, H, W] to logits [B, K, H, W]; the ASPP's rates fit the 4x4 map of a scene."""
+    torch.manual_seed(seed)
+    model = networks.build(
+        "deeplabv3plus",
+        num_classes=len(CLASSES),
+        backbone="resnet18",
+        width=16,
+        output_stride=16,
+        channels=64,
+        low_level_width=24,
+        rates=(1, 2, 3),
+        backend=backend,
+    )
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images in [0, 1] to the network's range."""
+    return 4 * images - 2
+
+
+@torch.no_grad()
+def check(model: nn.Module, images: Tensor) -> Check:
+    """Logits of the trained network against its copy on the reference, in float32 and float64.
+
+    The forward only: hundreds of thousands of ReLUs and maxima decide by rounding which way a
+    gradient goes, in plain PyTorch as well. Gradients are compared layer by layer
+    (`contest.check`).
+    """
+    plain = build(0, "reference").to(images.device)
+    plain.load_state_dict(model.state_dict())
+    x = normalise(images).contiguous(memory_format=torch.channels_last)
+    logits, yardstick = model.eval()(x), plain.eval()(x)
+    truth = plain.double()(x.double())
+    got, allowed = verdict(logits, yardstick, truth, x.dtype, LONGEST_SUM)
+    return Check("the trained network", got, None, (allowed, None))
