@@ -16,10 +16,12 @@ import torch
 from benchmarks import compare, report
 from benchmarks.environment import environment
 from benchmarks.goals import EVERY, GOALS, Goal, judge
+from benchmarks.layers import STEP, SeparableStep
 from benchmarks.measure import Row, Settings, empty, measure
 from benchmarks.work import DTYPES, LAYOUTS, MODES, Work, cases, operators, usable_backends
+from segkernels.progress import Progress
 
-QUICK_SECONDS = 50  # when --quick stops taking up rows
+QUICK_SECONDS = 45  # when --quick stops taking up rows
 QUICK_CASES = ["c256_65_r1", "c256_65_r12", "c256_65_r12_train", "c2048_33_r12", "c304_129_r1"]
 Plan = list[tuple[Work, tuple[str, ...]]]
 
@@ -79,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, choices in (
         ("dtype", list(DTYPES)),
         ("layout", list(LAYOUTS)),
-        ("mode", list(MODES)),
+        ("mode", [*MODES, STEP]),
     ):
         parser.add_argument(f"--{name}", action="append", choices=choices, help="repeatable")
     parser.add_argument("--op", action="append", choices=operators(), help="repeatable")
@@ -138,26 +140,28 @@ def _plan(options: argparse.Namespace) -> Plan:
     dtypes = options.dtype or (["float32"] if options.quick else ["float32", "bfloat16"])
     layouts = options.layout or (["channels_last"] if options.quick else list(LAYOUTS))
     patterns = options.case or (QUICK_CASES if options.quick else ["*"])
-    modes = tuple(options.mode or MODES)
-    works = []
+    wanted = options.mode or [*MODES, STEP]
+    works: list[tuple[int, Work]] = []
     for op in options.op or operators():
         backends = options.backend or _backends(op, options.device)
         chosen = [c for c in cases(op) if any(fnmatchcase(c.name, p) for p in patterns)]
         kinds = itertools.product(chosen, dtypes, layouts, backends)
-        works += [
-            (place, Work(op, case, dtype, layout, backend, options.device))
-            for place, (case, dtype, layout, backend) in enumerate(kinds)
-        ]
-    works.sort(key=lambda item: (_rank(item[1], modes), item[0]))
+        for place, (case, dtype, layout, backend) in enumerate(kinds):
+            what = (op, case, dtype, layout, backend, options.device)
+            works.append((place, Work(*what)))
+            if SeparableStep.fits(op, case):
+                works.append((place, SeparableStep(*what)))
+    works.sort(key=lambda item: (_rank(item[1]), item[0]))
+    modes = [tuple(m for m in work.modes if m in wanted) for _, work in works]
+    plan = [(work, some) for (_, work), some in zip(works, modes, strict=True)]
     if options.goals:
-        modes_of = ((work, _goal_modes(work, modes)) for _, work in works)
-        return [(work, with_goals) for work, with_goals in modes_of if with_goals]
-    return [(work, modes) for _, work in works]
+        plan = [(work, _with_goals(work, some)) for work, some in plan]
+    return [(work, some) for work, some in plan if some]
 
 
-def _rank(work: Work, modes: tuple[str, ...]) -> int:
+def _rank(work: Work) -> int:
     """0 with a goal of its own, 1 with one for many rows, 2 without."""
-    covering = [g.case for g in GOALS for m in modes if g.covers(*work.key, m, work.device)]
+    covering = [g.case for g in GOALS for m in work.modes if g.covers(*work.key, m, work.device)]
     return 2 if not covering else int(all(case == EVERY for case in covering))
 
 
@@ -166,9 +170,8 @@ def _backends(op: str, device: str) -> list[str]:
     return usable_backends(op, first.arguments())
 
 
-def _goal_modes(work: Work, modes: tuple[str, ...]) -> tuple[str, ...]:
-    covered = (m for m in modes if any(g.covers(*work.key, m, work.device) for g in GOALS))
-    return tuple(covered)
+def _with_goals(work: Work, modes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(m for m in modes if any(g.covers(*work.key, m, work.device) for g in GOALS))
 
 
 def _goals(options: argparse.Namespace) -> list[Goal]:
@@ -181,12 +184,15 @@ def _run(plan: Plan, settings: Settings, limit: float | None) -> tuple[list[Row]
     planned = sum(len(modes) for _, modes in plan)
     start = time.monotonic()
     try:
-        for work, modes in report.progress(plan, lambda item: item[0].names):
-            for row in _rows(work, modes, settings):
+        with Progress("benchmarks", planned) as progress:
+            every = (row for work, modes in plan for row in _rows(work, modes, settings))
+            for row in every:
                 rows.append(row)
+                progress.advance(note=f"{row.op} {row.case} {row.dtype} {row.layout}")
                 if limit is not None and time.monotonic() - start > limit:
-                    print(f"time limit: {len(rows)} of {planned} rows measured", file=sys.stderr)
-                    return rows, True
+                    break
+        if len(rows) < planned:
+            print(f"time limit: {len(rows)} of {planned} rows measured", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted: the report has what was measured", file=sys.stderr)
         return rows, False

@@ -15,30 +15,41 @@ from segkernels import tolerance
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Errors by way against float64, relative to the largest true value, and what ours may be."""
+    """Errors against float64 by way, each relative to the tensor's largest true value.
+
+    For every way: that of the result, and those of the gradients in the order of the leaves.
+    """
 
     forward: dict[str, float]
-    backward: dict[str, float]
-    allowed: tuple[float, float]
+    backward: dict[str, tuple[float, ...]]
+    allowed: tuple[float, tuple[float, ...]]
 
     def of(self, mode: str) -> dict[str, float]:
-        """The errors a row of this mode shows: its forward's, its gradients', or the larger."""
+        """The largest error that concerns a row of this mode."""
         if mode == "forward":
             return self.forward
+        worst = {name: max(errors) for name, errors in self.backward.items()}
         if mode == "backward":
-            return self.backward
-        return {n: max(e, self.backward[n]) for n, e in self.forward.items() if n in self.backward}
+            return worst
+        return {name: max(self.forward[name], error) for name, error in worst.items()}
+
+    @property
+    def used(self) -> float:
+        """The largest share that our result or a gradient takes of the error it may have."""
+        errors = (self.forward[OURS], *self.backward[OURS])
+        allowed = (self.allowed[0], *self.allowed[1])
+        shares = [e / a for e, a in zip(errors, allowed, strict=True)]
+        return math.nan if any(map(math.isnan, shares)) else max(shares)
 
     def wrong(self) -> str | None:
         """Why our results get no time, or None."""
-        pairs = (
-            ("forward", self.forward[OURS], self.allowed[0]),
-            ("backward", self.backward[OURS], self.allowed[1]),
-        )
-        for what, error, allowed in pairs:
-            if not error <= allowed:  # a NaN is wrong as well
-                return f"{what}: error {error:.2e} against float64, allowed {allowed:.2e}"
-        return None
+        if self.used <= 1:  # not for a NaN
+            return None
+        if not self.forward[OURS] <= self.allowed[0]:
+            return f"wrong result: error {self.forward[OURS]:.1e}, allowed {self.allowed[0]:.1e}"
+        pairs = zip(self.backward[OURS], self.allowed[1], strict=True)
+        i, error, allowed = next((i, e, a) for i, (e, a) in enumerate(pairs) if not e <= a)
+        return f"wrong gradient {i}: error {error:.1e}, allowed {allowed:.1e}"
 
 
 def accuracy(ways: Mapping[str, Way], truth: Way, yardstick: Way, length: int) -> Accuracy:
@@ -49,26 +60,23 @@ def accuracy(ways: Mapping[str, Way], truth: Way, yardstick: Way, length: int) -
     y = truth.forward()
     dy = cotangent(yardstick.forward())
     true = (y.detach(), torch.autograd.grad(y, truth.leaves, dy.double()))
-    forward, backward = {}, {}
-    for name, way in {**ways, _YARDSTICK: yardstick}.items():
-        forward[name], backward[name] = _errors(way, dy, true)
+    errors = {name: _errors(way, dy, true) for name, way in ways.items()}
+    forward, backward = _errors(yardstick, dy, true)
     budget = tolerance.budget(dy.dtype, length)
-    allowed = (forward.pop(_YARDSTICK) + budget, backward.pop(_YARDSTICK) + budget)
-    return Accuracy(forward, backward, allowed)
+    return Accuracy(
+        {name: result for name, (result, _) in errors.items()},
+        {name: gradients for name, (_, gradients) in errors.items()},
+        (forward + budget, tuple(e + budget for e in backward)),
+    )
 
 
-_YARDSTICK = "the reference in the same type"
-
-
-def _errors(way: Way, dy: Tensor, true: tuple[Tensor, Sequence[Tensor]]) -> tuple[float, float]:
+def _errors(
+    way: Way, dy: Tensor, true: tuple[Tensor, Sequence[Tensor]]
+) -> tuple[float, tuple[float, ...]]:
     y = way.forward()
-    forward = _error(y, true[0])
     if y.shape != dy.shape:
-        return forward, math.inf
+        return math.inf, (math.inf,) * len(true[1])
     gradients = torch.autograd.grad(y, way.leaves, dy)
+    largest = max((t.abs().max().item() for t in true[1] if t.numel()), default=0.0)
     pairs = zip(gradients, true[1], strict=True)
-    return forward, max(_error(g, t) for g, t in pairs)
-
-
-def _error(got: Tensor, truth: Tensor) -> float:
-    return tolerance.error(got, truth) if got.shape == truth.shape else math.inf
+    return tolerance.error(y, true[0]), tuple(tolerance.error(g, t, largest) for g, t in pairs)

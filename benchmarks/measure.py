@@ -52,7 +52,7 @@ class Row:
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    allowed_error: float = 0.0
+    error_used: float = 0.0  # largest share of an allowed error; above 1 is wrong
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def measure(work: Work, modes: tuple[str, ...], settings: Settings) -> Iterator[
         wrong = checked.wrong()
         for mode in modes:
             row = empty(work, mode)
-            row.errors, row.allowed_error = checked.of(mode), max(checked.allowed)
+            row.errors, row.error_used = checked.of(mode), checked.used
             row.correct, row.note = wrong is None, wrong or note
             if row.correct:
                 _fill(row, work, arguments, compiled, settings)

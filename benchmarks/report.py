@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -120,38 +118,6 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a benchmark report of schema {SCHEMA}")
     return content["environment"], [Row(**row) for row in content["rows"]]
-
-
-def progress(items: Sequence[Any], label: Any, quiet: bool = False) -> Iterator[Any]:
-    """The items, with a bar on standard error (lines where there is no terminal or no rich)."""
-    if quiet:
-        yield from items
-    elif importlib.util.find_spec("rich") is not None and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=len(items))
-            for item in items:
-                bar.update(task, description=label(item))
-                yield item
-                bar.advance(task)
-    else:
-        for number, item in enumerate(items, 1):
-            print(f"[{number}/{len(items)}] {label(item)}", file=sys.stderr, flush=True)
-            yield item
 
 
 def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Way:
 class Work:
     """An operator's case in one type and layout, to be done by one backend and by the baselines."""
 
+    modes: ClassVar[tuple[str, ...]] = MODES
     op: str
     case: Any
     dtype: str
@@ -81,8 +82,8 @@ class Work:
         self, arguments: Arguments, grad: bool, compiled: Callable[..., Any] | None
     ) -> dict[str, Way]:
         """Every way by name. `compiled` is the compiled baseline, or None to leave it out."""
-        eager = getattr(baselines, self.op)
-        other = _in_other_format(arguments)
+        eager = self.baseline()
+        other = in_other_format(arguments)
         functions = {OURS: (self._ours(self.backend), arguments), EAGER: (eager, arguments)}
         functions[OTHER_FORMAT] = (eager, other)
         if compiled is not None:
@@ -96,6 +97,9 @@ class Work:
                     ways[name] = Way(folded)
         return ways
 
+    def baseline(self) -> Callable[..., Any]:
+        return getattr(baselines, self.op)
+
     def truth(self, arguments: Arguments) -> Way:
         """The reference on the same numbers, widened to float64."""
         return _way(self._ours("reference"), _widened(arguments), grad=True)
@@ -108,7 +112,7 @@ class Work:
         """torch.compile of the baseline, so that its backward may be repeated."""
         torch._dynamo.reset()
         torch._functorch.config.donated_buffer = False
-        return torch.compile(getattr(baselines, self.op), dynamic=False)
+        return torch.compile(self.baseline(), dynamic=False)
 
     def cost(self, mode: str) -> tuple[int, int]:
         """(operations, fewest bytes that must move)."""
@@ -149,6 +153,14 @@ def input_sets(arguments: Arguments, count: int) -> Iterator[Arguments]:
         yield {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
+def in_other_format(arguments: Arguments) -> Arguments:
+    """x in the other memory format, the rest as it is."""
+    x = arguments["x"]
+    nchw = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    other = torch.contiguous_format if nchw else torch.channels_last
+    return arguments | {"x": x.contiguous(memory_format=other)}
+
+
 def _way(function: Callable[..., Any], arguments: Arguments, grad: bool) -> Way:
     tensors = {k: v.detach().requires_grad_(grad) for k, v in _tensors(arguments).items()}
     parameters = tuple(t for name, t in tensors.items() if name != "x")
@@ -161,10 +173,3 @@ def _tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _widened(arguments: Arguments) -> Arguments:
     return arguments | {k: v.double() for k, v in _tensors(arguments).items()}
-
-
-def _in_other_format(arguments: Arguments) -> Arguments:
-    x = arguments["x"]
-    nchw = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    other = torch.contiguous_format if nchw else torch.channels_last
-    return arguments | {"x": x.contiguous(memory_format=other)}

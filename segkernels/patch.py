@@ -6,7 +6,8 @@ known by the qualified name of their class, so nothing is imported; the forward 
 of the same name in :mod:`segkernels.compat`, which reads the layer's own children.
 
 Order of wrapping: patch, then SyncBatchNorm conversion, then DDP or FSDP, then ``torch.compile``. A
-copied or unpickled model stays patched.
+copied or unpickled model stays patched. (``nn.DataParallel`` copies modules in a way that a forward
+of one instance does not survive: use DDP.)
 """
 
 from __future__ import annotations
@@ -193,8 +194,8 @@ def _obstacle(module: nn.Module, published: type, layer: Layer) -> str | None:
     """Why a known layer keeps its forward; None if it can be replaced."""
     if "forward" in module.__dict__ and MARK not in module.__dict__:
         return "its forward was rebound by something else"
-    if type(module).forward is not getattr(published, "forward", None):
-        return f"{type(module).__qualname__} has a forward of its own"
+    if type(module) is not published:
+        return f"{type(module).__qualname__} is a subclass, which may compute something else"
     missing = [name for name in layer.children if not hasattr(module, name)]
     if missing:
         return f"another version: no {', '.join(missing)}"
@@ -216,9 +217,11 @@ def _no_depthwise(module: nn.Module) -> str | None:
 
 
 def _signature(kind: type) -> tuple[str, ...]:
-    """The parameters of forward but self; a single one is positional and may have any name."""
-    names = tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
-    return names if len(names) > 1 else ("x",) * len(names)
+    """The parameters of forward but self; a single plain one may have any name."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    if len(parameters) == 1 and parameters[0].kind is parameters[0].POSITIONAL_OR_KEYWORD:
+        return ("x",)
+    return tuple(str(p.replace(annotation=p.empty, default=p.empty)) for p in parameters)
 
 
 @dataclass

@@ -148,7 +148,7 @@ def memory_of(call: Call, device: torch.device | str = "cpu") -> Memory:
     """Peak memory of a call above what was alive before it, exact in every byte PyTorch allocates.
 
     On the CPU the allocator's own reports are added up; memory that a kernel takes from elsewhere
-    (oneDNN's scratchpads, malloc) is not seen. On a GPU it is the caching allocator's counter.
+    (malloc: a few blocks a thread) is not seen. On a GPU it is the caching allocator's counter.
     """
     call()  # what is made once (weights packed, code compiled, handles) is not the call's
     if torch.device(device).type == "cuda":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkernels.nn import pair
-from segkernels.patch import LAYERS, patch, unpatch
+from segkernels.patch import CONTAINERS, LAYERS, patch, unpatch
 
 SMP = "segmentation_models_pytorch.decoders.deeplabv3.decoder"
 MMCV = "mmcv.cnn.bricks"
@@ -210,8 +210,10 @@ def test_another_signature_and_subclasses(monkeypatch: pytest.MonkeyPatch) -> No
     net = nn.Sequential(Mine(3, 4), DepthwiseSeparableConvModule(4, 5))
     monkeypatch.setattr(DepthwiseSeparableConvModule, "forward", lambda self, x, scale: x)
     reasons = [entry.note for entry in patch(net).skipped]
-    assert any("Mine has a forward of its own" in reason for reason in reasons)
+    assert any("Mine is a subclass" in reason for reason in reasons)
     assert any("forward('x', 'scale')" in reason for reason in reasons)
+    monkeypatch.setattr(DepthwiseSeparableConvModule, "forward", lambda self, *x: x)
+    assert any("forward('*x',)" in entry.note for entry in patch(net).skipped)
 
 
 def test_copies_and_files_stay_patched(rates: list[int]) -> None:
@@ -237,6 +239,41 @@ def test_a_patched_model_compiles() -> None:
     assert torch.allclose(compiled(image()), other(image()))
 
 
-def test_every_entry_has_its_face() -> None:
-    for name, layer in LAYERS.items():
-        assert layer.load().__name__ == name.rpartition(".")[2]
+NORMS = {"norm_cfg": {"type": "BN"}}
+HEAD = {"in_channels": 4, "channels": 4, "num_classes": 2, **NORMS}
+CONSTRUCTORS: dict[str, dict[str, Any]] = {
+    "mmcv.ConvModule": {"in_channels": 4, "out_channels": 4, "kernel_size": 1, **NORMS},
+    "mmcv.DepthwiseSeparableConvModule": {"in_channels": 4, "out_channels": 4, "kernel_size": 3},
+    "mmseg.ASPPHead": HEAD,
+    "mmseg.DepthwiseSeparableASPPHead": {"c1_in_channels": 3, "c1_channels": 2, **HEAD},
+    "smp.SeparableConv2d": {"in_channels": 4, "out_channels": 4, "kernel_size": 3},
+    "smp.ASPP": {"in_channels": 4, "out_channels": 4, "atrous_rates": (1, 2, 3)},
+    "smp.DeepLabV3PlusDecoder": {
+        "encoder_channels": (3, 4, 4, 4, 4, 4),
+        "encoder_depth": 5,
+        "out_channels": 4,
+        "atrous_rates": (1, 2, 3),
+        "output_stride": 16,
+        "aspp_separable": True,
+        "aspp_dropout": 0.5,
+    },
+    "torchvision.ASPPPooling": {"in_channels": 4, "out_channels": 4},
+    "torchvision.ASPP": {"in_channels": 4, "atrous_rates": (1, 2, 3)},
+    "vainf.AtrousSeparableConvolution": {"in_channels": 4, "out_channels": 4, "kernel_size": 3},
+    "vainf.ASPP": {"in_channels": 4, "atrous_rates": (1, 2, 3)},
+    "vainf.DeepLabHead": {"in_channels": 4, "num_classes": 2},
+    "vainf.DeepLabHeadV3Plus": {"in_channels": 4, "low_level_channels": 3, "num_classes": 2},
+    "jfzhang.SeparableConv2d": {"inplanes": 4, "planes": 4},
+}
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CONTAINERS])
+def test_every_entry_has_its_face(name: str) -> None:
+    """The face has the children that the entry asks of the published class."""
+    layer = (LAYERS | CONTAINERS)[name]
+    face = layer.load()
+    assert face.__name__ == name.rpartition(".")[2]
+    with torch.device("meta"):
+        module = face(**CONSTRUCTORS[layer.face])
+    assert all(hasattr(module, child) for child in layer.children)
+    assert layer.limit(module) is None

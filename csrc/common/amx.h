@@ -1,8 +1,8 @@
 // Matrix products on AMX tiles: C (+)= A·B with A, B in bfloat16 or float16 and C in float32.
 //
-// A left operand [M][K] is stored by rows, K padded to 32. A right operand [K][N] is stored in tiles of 32 × 16, each
-// [16 pairs of k][16 n][2]. Operands are packed from float32; rows and columns added by padding of M and N are arbitrary,
-// padding of K is zero.
+// A left operand [M][K] is stored by rows, K padded to 32. A right operand [K][N] is stored in tiles of 32 ×
+// 16, each [16 pairs of k][16 n][2]. Operands are packed from float32; rows and columns added by padding of M
+// and N are arbitrary, padding of K is zero.
 #pragma once
 
 #include <immintrin.h>
@@ -48,21 +48,24 @@ struct Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Inline assembly, because the intrinsics of older compilers do not tell that tiles read and write memory, and none before
-// gcc 13 knows the float16 product (given here by its bytes for assemblers that do not either).
-#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::)
-#define TILE_LOAD(t, p, stride) asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"(int64_t(stride)) : "memory")
-#define TILE_STORE(t, p, stride) asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"(int64_t(stride)) : "memory")
-#define TILE_DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+// Inline assembly, because the intrinsics of older compilers do not tell that tiles read and write memory,
+// and none before gcc 13 knows the float16 product (given here by its bytes for assemblers that do not
+// either).
+#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t::)
+#define TILE_LOAD(t, p, stride) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(p), "r"(int64_t(stride)) : "memory")
+#define TILE_STORE(t, p, stride) \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"(int64_t(stride)) : "memory")
+#define TILE_DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
 
 template <bool kHalf>
 inline void multiply_accumulate() {  // tmm0..3 += (tmm4, tmm5) · (tmm6, tmm7)
   if constexpr (kHalf) {
     asm volatile(
-        ".byte 0xc4, 0xe2, 0x4b, 0x5c, 0xc4\n\t"  // tdpfp16ps tmm0, tmm4, tmm6
-        ".byte 0xc4, 0xe2, 0x43, 0x5c, 0xcc\n\t"  // tdpfp16ps tmm1, tmm4, tmm7
-        ".byte 0xc4, 0xe2, 0x4b, 0x5c, 0xd5\n\t"  // tdpfp16ps tmm2, tmm5, tmm6
-        ".byte 0xc4, 0xe2, 0x43, 0x5c, 0xdd" ::); // tdpfp16ps tmm3, tmm5, tmm7
+        ".byte 0xc4, 0xe2, 0x4b, 0x5c, 0xc4\n\t"   // tdpfp16ps tmm0, tmm4, tmm6
+        ".byte 0xc4, 0xe2, 0x43, 0x5c, 0xcc\n\t"   // tdpfp16ps tmm1, tmm4, tmm7
+        ".byte 0xc4, 0xe2, 0x4b, 0x5c, 0xd5\n\t"   // tdpfp16ps tmm2, tmm5, tmm6
+        ".byte 0xc4, 0xe2, 0x43, 0x5c, 0xdd" ::);  // tdpfp16ps tmm3, tmm5, tmm7
   } else {
     TILE_DOT_BF16(0, 4, 6);
     TILE_DOT_BF16(1, 4, 7);
@@ -97,10 +100,12 @@ inline void transpose(__m512i r[16]) {
 #pragma GCC unroll 4
   for (int s = 1; s < 16; s *= 2) {
     const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
-    const __m512i other = _mm512_or_si512(_mm512_xor_si512(lane, _mm512_set1_epi32(s)), _mm512_set1_epi32(16));
-    const __m512i take_low = _mm512_mask_blend_epi32(upper, lane, other);           // a[l] | b[l − s]
-    const __m512i take_high = _mm512_mask_blend_epi32(upper, _mm512_xor_si512(other, _mm512_set1_epi32(16)),
-                                                      _mm512_or_si512(lane, _mm512_set1_epi32(16)));  // a[l + s] | b[l]
+    const __m512i other =
+        _mm512_or_si512(_mm512_xor_si512(lane, _mm512_set1_epi32(s)), _mm512_set1_epi32(16));
+    const __m512i take_low = _mm512_mask_blend_epi32(upper, lane, other);  // a[l] | b[l − s]
+    const __m512i take_high =
+        _mm512_mask_blend_epi32(upper, _mm512_xor_si512(other, _mm512_set1_epi32(16)),
+                                _mm512_or_si512(lane, _mm512_set1_epi32(16)));  // a[l + s] | b[l]
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i)
       if (!(i & s)) {
@@ -120,7 +125,8 @@ void pack_left(int64_t m, int64_t k, const float* x, int64_t ld, uint16_t* out) 
   const int64_t kp = round_up(k, 32);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < kp; j += 16)
-      _mm256_storeu_si256((__m256i*)(out + i * kp + j), narrow<kHalf>(_mm512_maskz_loadu_ps(first(k - j), x + i * ld + j)));
+      _mm256_storeu_si256((__m256i*)(out + i * kp + j),
+                          narrow<kHalf>(_mm512_maskz_loadu_ps(first(k - j), x + i * ld + j)));
 }
 
 // The transpose of x [K][M].
@@ -181,8 +187,8 @@ void pack_right_transposed(int64_t k, int64_t n, const float* x, int64_t ld, uin
 
 // C has room for round_up(M, 32) rows of at least round_up(N, 32) columns.
 template <bool kHalf>
-__attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t k, const uint16_t* a, const uint16_t* b, float* c,
-                                        int64_t ldc, bool add) {
+__attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t k, const uint16_t* a, const uint16_t* b,
+                                        float* c, int64_t ldc, bool add) {
   const int64_t kp = round_up(k, 32), a_stride = kp * 2, c_stride = ldc * 4;
   for (int64_t j = 0; j < n; j += 32)
     for (int64_t i = 0; i < m; i += 32) {

@@ -1,11 +1,14 @@
-// Matrix products of tiles that lie in the L2 cache: C (+)= A·B. Compiled once per instruction set (no include guard).
+// Matrix products of tiles that lie in the L2 cache: C (+)= A·B. Compiled once per instruction set (no
+// include guard).
 //
 //   Fma<A>       on vectors, operands in the accumulation type A, taken where they lie
 //   Tiled<half>  on AMX tiles (common/amx.h), operands narrowed to bfloat16 or float16 on the way
 //
-// Both have the same face: left(view, M, K, scratch) and right(view, K, N, scratch) prepare an operand (packed() always copies it;
-// left_at() and right_at() find what was prepared before), multiply() takes two of them, while a Session lives. An element of C is one sum over k in increasing order: it depends on neither M nor N nor the instruction set's blocks.
-// Operands and C may be read, and C written, up to kTile rows and columns (rounded up) beyond M and N.
+// Both have the same face: left(view, M, K, scratch) and right(view, K, N, scratch) prepare an operand
+// (packed() always copies it; left_at() and right_at() find what was prepared before), multiply() takes two
+// of them, while a Session lives. An element of C is one sum over k in increasing order: it depends on
+// neither M nor N nor the instruction set's blocks. Operands and C may be read, and C written, up to kTile
+// rows and columns (rounded up) beyond M and N.
 
 namespace segkernels {
 namespace {
@@ -46,7 +49,8 @@ SEGKERNELS_INLINE void transpose(Vec<A> r[Vec<A>::lanes]) {
 template <class A>
 struct Fma {
   using Acc = A;
-  static constexpr int64_t lanes = Vec<A>::lanes, kWidth = 2 * lanes, kRows = SEGKERNELS_VECTOR_BYTES == 64 ? 14 : 6;
+  static constexpr int64_t lanes = Vec<A>::lanes, kWidth = 2 * lanes,
+                           kRows = SEGKERNELS_VECTOR_BYTES == 64 ? 14 : 6;
 
   using Left = View<A>;
   struct Right {  // element (k, n) at p[n / kWidth * panel + k * row + n % kWidth]
@@ -69,13 +73,16 @@ struct Fma {
       A* panel = out + j * k;
       const int64_t width = std::min(n - j, kWidth);
       if (x.column == 1)
-        for (int64_t i = 0; i < k; ++i) std::memcpy(panel + i * kWidth, x.p + i * x.row + j, width * sizeof(A));
+        for (int64_t i = 0; i < k; ++i)
+          std::memcpy(panel + i * kWidth, x.p + i * x.row + j, width * sizeof(A));
       else
         transpose_panel(x.p + j * x.column, x.column, k, width, panel);
     }
     return right_at(scratch, k);
   }
-  static Right right_at(const void* packed, int64_t k) { return {static_cast<const A*>(packed), k * kWidth, kWidth}; }
+  static Right right_at(const void* packed, int64_t k) {
+    return {static_cast<const A*>(packed), k * kWidth, kWidth};
+  }
   static Left left_at(View<A> x, const void*) { return x; }
   struct Session {};
 
@@ -104,13 +111,14 @@ struct Fma {
     for (int64_t j = 0; j < n; j += kWidth)
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t i = part * m / parts, rows = (part + 1) * m / parts - i;
-        by_rows<kRows>(rows, k, Left{a.p + i * a.row, a.row, a.column}, b.p + j / kWidth * b.panel, b.row, c + i * ldc + j,
-                       ldc, add);
+        by_rows<kRows>(rows, k, Left{a.p + i * a.row, a.row, a.column}, b.p + j / kWidth * b.panel, b.row,
+                       c + i * ldc + j, ldc, add);
       }
   }
 
   template <int64_t kMost>
-  SEGKERNELS_INLINE void by_rows(int64_t rows, int64_t k, Left a, const A* b, int64_t ldb, A* c, int64_t ldc, bool add) {
+  SEGKERNELS_INLINE void by_rows(int64_t rows, int64_t k, Left a, const A* b, int64_t ldb, A* c, int64_t ldc,
+                                 bool add) {
     if (rows == kMost) return block<kMost>(k, a, b, ldb, c, ldc, add);
     if constexpr (kMost > 1) by_rows<kMost - 1>(rows, k, a, b, ldb, c, ldc, add);
   }

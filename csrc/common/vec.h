@@ -30,7 +30,7 @@ typedef uint16_t U16 __attribute__((vector_size(SEGKERNELS_VECTOR_BYTES / 2)));
 
 template <class A>
 SEGKERNELS_INLINE Vec<A> splat(A a) {
-  return {a - typename Vec<A>::Native{}};  // a − 0 is a for every a (0 + a is not): one broadcast
+  return {a - typename Vec<A>::Native{}};
 }
 template <class A>
 SEGKERNELS_INLINE Vec<A> operator+(Vec<A> a, Vec<A> b) {

@@ -32,7 +32,7 @@ Tensor depthwise_conv2d(Tensor x, Tensor w, std::optional<Tensor> b, std::vector
     T* y_data = mutable_data<T>(y);
     if (channels_last) {
       const std::vector<T> packed = pack_depthwise_weights(w_data, g.R, g.C, g.taps());
-      const int64_t items = g.B * ceil_div(g.C, f.slab) * g.H_out();
+      const int64_t items = g.B * g.slabs(f.slab) * g.H_out();
       parallel_for(items, g.W_out() * std::min(f.slab, g.C) * g.R * g.taps(), [&](int64_t first, int64_t last) {
         SEGKERNELS_BY_ISA(simd::forward_channels_last(f, x_data, packed.data(), bias, y_data, first, last))
       });
@@ -50,7 +50,7 @@ template <class T>
 void backward_channels_last(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, T* dw, T* db) {
   using A = acc_t<T>;
   const Geometry& g = f.geometry;
-  const int64_t n_slabs = ceil_div(g.C, f.slab), n_rows = g.R * (g.taps() + 1);
+  const int64_t n_slabs = g.slabs(f.slab), n_rows = g.R * (g.taps() + 1);
   const std::vector<T> packed = pack_depthwise_weights(w, g.R, g.C, g.taps());
   std::vector<A> sums(dw || db ? f.parts * n_rows * f.padded_C : 0);
   const auto bound = [&](int64_t n, int64_t part) { return g.B * n * part / f.parts; };
@@ -58,7 +58,7 @@ void backward_channels_last(const BackwardPlan& f, const T* x, const T* dy, cons
   parallel_for(n_slabs * f.parts, g.B * g.H() * g.W() * g.C * g.R * g.taps() / (n_slabs * f.parts),
                [&](int64_t first, int64_t last) {
                  for (int64_t item = first; item < last; ++item) {
-                   const int64_t part = item % f.parts, c0 = item / f.parts * f.slab, c1 = std::min(g.C, c0 + f.slab);
+                   const int64_t part = item % f.parts, c0 = item / f.parts * f.slab, c1 = g.slab_end(c0, f.slab);
                    const int64_t h0 = bound(g.H(), part), h1 = bound(g.H(), part + 1);
                    A* sum = sums.data() + (dw || db ? part * n_rows * f.padded_C : 0);
                    SEGKERNELS_BY_ISA(

@@ -40,6 +40,12 @@ struct Identity {
   }
 };
 
+// A slab of channels is covered by pairs; the last pair ends with the slab, where it may overlap the one before (and
+// computes some channels twice, to the same numbers). Only a slab that is narrower than a pair is loaded in part.
+inline int64_t pair_start(int64_t c, int64_t channels, int64_t lanes) {
+  return std::max<int64_t>(0, std::min(c, channels - lanes));
+}
+
 // The taps of some pixels of a row, and what they read and weigh.
 template <class T>
 struct Products {
@@ -75,12 +81,14 @@ template <int P, class T, class E>
 void sum_pixels(const Products<T>& t, const T* bias, T* y, int64_t y_step, int64_t channels, int64_t channel,
                 E& epilogue) {
   constexpr int64_t L = Pair<T>::lanes;
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) sum_tile<P, false>(t, bias, y, y_step, c, L, channel, epilogue);
-  if (c == channels) return;
-  Products<T> one = t;
-  for (int p = 0; p < P; ++p, one.source += t.step)
-    sum_tile<1, true>(one, bias, y + p * y_step, y_step, c, channels - c, channel, epilogue);
+  if (channels >= L) {
+    for (int64_t c = 0; c < channels; c += L)
+      sum_tile<P, false>(t, bias, y, y_step, pair_start(c, channels, L), L, channel, epilogue);
+  } else {
+    Products<T> one = t;
+    for (int p = 0; p < P; ++p, one.source += t.step)
+      sum_tile<1, true>(one, bias, y + p * y_step, y_step, 0, channels, channel, epilogue);
+  }
 }
 
 // The pixels [0, n) of a run.
@@ -99,16 +107,16 @@ template <class T, class E>
 void forward_row(const ForwardPlan& f, const T* x, const T* w, const T* bias, int64_t rate, int64_t h, int64_t first,
                  int64_t last, int64_t c0, int64_t c1, T* y, int64_t y_step, E& epilogue) {
   const Geometry& g = f.geometry;
-  RowTap rows[kMaxKernel];
+  const RowTaps& rows = f.rows[rate];
   Tap taps[kMaxKernel * kMaxKernel];
-  const int64_t n_rows = g.forward_rows(rate, h, rows), x_step = g.columns[rate].s * f.x.sW, channel = rate * g.C + c0;
+  const int64_t x_step = g.columns[rate].s * f.x.sW, channel = rate * g.C + c0;
   for (const Run& run : f.runs[rate]) {
     const int64_t begin = std::max(first, run.begin), end = std::min(last, run.end);
     if (begin >= end) continue;
     int64_t n = 0;
-    for (int64_t i = 0; i < n_rows; ++i)
+    for (const RowTap* row = rows.begin(h); row != rows.end(h); ++row)
       for (const ColumnTap& tap : run.taps)
-        taps[n++] = {rows[i].row * f.x.sH + tap.source * f.x.sW, rate * g.taps() + rows[i].a * g.kw() + tap.b};
+        taps[n++] = {row->row * f.x.sH + tap.source * f.x.sW, rate * g.taps() + row->a * g.kw() + tap.b};
     sum_run<T>({taps, n, x + begin * x_step + c0, x_step, w + c0, g.C}, bias ? bias + channel : nullptr,
                y + (begin - first) * y_step, y_step, end - begin, c1 - c0, channel, epilogue);
   }
@@ -119,11 +127,11 @@ template <class T>
 void forward_channels_last(const ForwardPlan& f, const T* x, const T* w, const T* bias, T* y, int64_t first,
                            int64_t last) {
   const Geometry& g = f.geometry;
-  const int64_t n_slabs = ceil_div(g.C, f.slab), H = g.H_out(), W = g.W_out(), y_step = g.R * g.C;
+  const int64_t n_slabs = g.slabs(f.slab), H = g.H_out(), W = g.W_out(), y_step = g.R * g.C;
   const Identity identity;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / H / n_slabs, c0 = item / H % n_slabs * f.slab, h = f.order[item % H];
-    const int64_t c1 = std::min(g.C, c0 + f.slab);
+    const int64_t c1 = g.slab_end(c0, f.slab);
     for (int64_t rate = 0; rate < g.R; ++rate)
       forward_row(f, x + image * f.x.sB, w, bias, rate, h, 0, W, c0, c1,
                   y + (image * H + h) * W * y_step + rate * g.C + c0, y_step, identity);
@@ -132,7 +140,7 @@ void forward_channels_last(const ForwardPlan& f, const T* x, const T* w, const T
 
 // -- backward -------------------------------------------------------------------------------------
 
-// P pixels of up to a pair of channels: dX = Σ_t w[t] · dy_t and dW[t] += Σ_p x[p] · dy_t, from one read of dy_t.
+// P pixels of up to a pair of channels, `sums` those of the pair: dX = Σ_t w[t] · dy_t and dW[t] += Σ_p x[p] · dy_t, from one read of dy_t.
 template <int P, bool Partial, class T>
 SEGKERNELS_INLINE void backward_tile(const Products<T>& t, const T* x, int64_t x_step, T* dx, int64_t dx_step,
                                      acc_t<T>* sums, int64_t sums_step, int64_t c, int64_t count) {
@@ -145,7 +153,7 @@ SEGKERNELS_INLINE void backward_tile(const Products<T>& t, const T* x, int64_t x
     acc[p] = Pair<T>{};
   }
   for (const Tap* tap = t.taps; tap < t.taps + t.n; ++tap) {
-    A* sum = sums + tap->weight * sums_step + c;
+    A* sum = sums + tap->weight * sums_step;
     const Pair<T> w = load_channels<Partial>(t.w + tap->weight * t.w_step + c, count);
     Pair<T> dw = {load<A>(sum), load<A>(sum + L)};
     const T* source = t.source + tap->offset + c;
@@ -166,12 +174,14 @@ template <int P, class T>
 void backward_pixels(const Products<T>& t, const T* x, int64_t x_step, T* dx, int64_t dx_step, acc_t<T>* sums,
                      int64_t sums_step, int64_t channels) {
   constexpr int64_t L = Pair<T>::lanes;
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) backward_tile<P, false>(t, x, x_step, dx, dx_step, sums, sums_step, c, L);
-  if (c == channels) return;
-  Products<T> one = t;
-  for (int p = 0; p < P; ++p, one.source += t.step)
-    backward_tile<1, true>(one, x + p * x_step, x_step, dx + p * dx_step, dx_step, sums, sums_step, c, channels - c);
+  if (channels >= L) {
+    for (int64_t c = 0; c < channels; c += L)
+      backward_tile<P, false>(t, x, x_step, dx, dx_step, sums + c, sums_step, pair_start(c, channels, L), L);
+  } else {
+    Products<T> one = t;
+    for (int p = 0; p < P; ++p, one.source += t.step)
+      backward_tile<1, true>(one, x + p * x_step, x_step, dx + p * dx_step, dx_step, sums, sums_step, 0, channels);
+  }
 }
 
 template <class T>
@@ -193,23 +203,21 @@ void backward_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T
   const Geometry& g = f.geometry;
   const int64_t s = g.columns[0].s, H = g.H(), W = g.W(), channels = c1 - c0;
   const Identity identity;
-  std::vector<RowTap> rows(g.R * g.kh());
   std::vector<Tap> taps(g.R * g.taps());
   std::vector<T> unwanted(dx ? 0 : W * g.C);
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / H, h = f.order[item % H];
-    const int64_t n_rows = g.backward_rows(h, rows.data());
     const T* x_row = x + image * f.x.sB + h * f.x.sH + c0;
     const T* dy_image = dy + image * f.dy.sB + c0;
     T* dx_row = (dx ? dx + (image * H + h) * W * g.C : unwanted.data()) + c0;
     for (int64_t c = 0; c < s; ++c)
       for (const Run& run : f.runs[c]) {
         int64_t n = 0;
-        for (int64_t i = 0; i < n_rows; ++i)
+        for (const RowTap* row = f.rows.begin(h); row != f.rows.end(h); ++row)
           for (const ColumnTap& tap : run.taps)
-            if (tap.rate == rows[i].rate)
-              taps[n++] = {rows[i].row * f.dy.sH + tap.source * f.dy.sW + tap.rate * g.C,
-                           tap.rate * g.taps() + rows[i].a * g.kw() + tap.b};
+            if (tap.rate == row->rate)
+              taps[n++] = {row->row * f.dy.sH + tap.source * f.dy.sW + tap.rate * g.C,
+                           tap.rate * g.taps() + row->a * g.kw() + tap.b};
         const Products<T> t{taps.data(), n, dy_image + run.begin * f.dy.sW, f.dy.sW, w + c0, g.C};
         const int64_t column = c + run.begin * s, count = run.end - run.begin;
         if (sums)
@@ -227,16 +235,16 @@ void bias_rows(const BackwardPlan& f, const T* dy, acc_t<T>* sums, int64_t first
   using A = acc_t<T>;
   constexpr int64_t L = Pair<T>::lanes;
   const Geometry& g = f.geometry;
-  const int64_t H = g.H_out(), W = g.W_out();
+  const int64_t H = g.H_out(), W = g.W_out(), channels = c1 - c0;
   for (int64_t item = first; item < last; ++item)
     for (int64_t rate = 0; rate < g.R; ++rate) {
-      const T* row = dy + item / H * f.dy.sB + f.order_out[item % H] * f.dy.sH + rate * g.C;
-      A* sum = sums + rate * f.padded_C;
-      for (int64_t c = c0; c < c1; c += L) {
+      const T* row = dy + item / H * f.dy.sB + f.order_out[item % H] * f.dy.sH + rate * g.C + c0;
+      A* sum = sums + rate * f.padded_C + c0;
+      for (int64_t c = 0; c < channels; c += L) {
         Pair<T> s{load<A>(sum + c), load<A>(sum + c + L / 2)};
         for (int64_t i = 0; i < W; ++i) {
-          const T* p = row + i * f.dy.sW + c;
-          const Pair<T> d = c + L <= c1 ? load2(p) : load2(p, c1 - c);
+          const T* p = row + i * f.dy.sW + pair_start(c, channels, L);
+          const Pair<T> d = channels >= L ? load2(p) : load2(p, channels);
           s = {s.lo + d.lo, s.hi + d.hi};
         }
         store(sum + c, s.lo);
@@ -265,7 +273,8 @@ void add_parts(const BackwardPlan& f, const acc_t<T>* sums, T* dw, T* db, int64_
         s = {s.lo + load<A>(p), s.hi + load<A>(p + L / 2)};
       }
       store2(line, s);
-      for (int64_t i = 0; i < L && c + i < g.C; ++i) out[(rate * g.C + c + i) * step + t] = line[i];
+      const int64_t c_first = pair_start(c, g.C, L);
+      for (int64_t i = 0; i < std::min(L, g.C); ++i) out[(rate * g.C + c_first + i) * step + t] = line[i];
     }
   }
 }

@@ -8,28 +8,40 @@ namespace SEGKERNELS_ISA {
 
 constexpr int64_t kMaxVectors = 5;
 
-// The columns of a row as vectors, and which of their lanes each column tap reaches.
+// A column tap of a row of vectors: the number it reads at position 0 lies `offset` from the start of its source row.
+struct PlaneTap {
+  int64_t offset, b;
+  const Mask* masks;  // the lanes of each vector that it reaches
+};
+
+// The columns of a row as vectors.
 template <class A>
 struct Columns {
-  std::vector<ColumnTap> taps;
-  int64_t n, vectors, block;  // block: vectors kept in registers together
-  std::vector<Mask> masks;    // [tap][vector]
+  int64_t vectors, block;                   // block: vectors kept in registers together
+  std::vector<Mask> masks;                  // [vector] inside the row, then [tap][vector]
+  std::vector<std::vector<PlaneTap>> taps;  // [rate]
 
-  Columns(std::vector<ColumnTap> column_taps, int64_t n)
-      : taps(std::move(column_taps)), n(n), vectors(ceil_div(n, Vec<A>::lanes)) {
+  // `step` columns of the source from one position to the next; parts of a source plane are `part` numbers apart.
+  Columns(const std::vector<ColumnTap>& column_taps, int64_t R, int64_t n, int64_t step, int64_t part)
+      : vectors(ceil_div(n, Vec<A>::lanes)), masks((column_taps.size() + 1) * vectors), taps(R) {
     constexpr int64_t L = Vec<A>::lanes;
     block = ceil_div(vectors, std::max<int64_t>(1, ceil_div(vectors, kMaxVectors)));
-    for (const ColumnTap& tap : taps)
-      for (int64_t v = 0; v < vectors; ++v) masks.push_back(lane_range<A>(tap.begin - v * L, tap.end - v * L));
+    Mask* mask = masks.data();
+    for (int64_t v = 0; v < vectors; ++v) *mask++ = lane_range<A>(0, n - v * L);
+    for (const ColumnTap& tap : column_taps) {
+      const int64_t column = -ceil_div(-tap.source, step);
+      taps[tap.rate].push_back({(tap.source - column * step) * part + column, tap.b, mask});
+      for (int64_t v = 0; v < vectors; ++v) *mask++ = lane_range<A>(tap.begin - v * L, tap.end - v * L);
+    }
   }
 };
 
-// A tap of a row: the numbers it reads at position 0, its lanes and its weight.
+// A row tap: its source row, its weights [k_w] and their sums [k_w] of vectors.
 template <class A>
-struct RowProduct {
-  const A* source;
-  const Mask* masks;
-  int64_t weight;
+struct RowSource {
+  const A *row, *w;
+  A* sums;
+  const std::vector<PlaneTap>* taps;
 };
 
 template <class A, class T>
@@ -80,20 +92,21 @@ inline int64_t plane_size(int64_t H, int64_t W, int64_t s) { return s * H * ceil
 
 // V vectors from vector v0 on: y = bias + Σ_t w[t] · source_t, over the lanes that tap t reaches.
 template <int V, class A>
-void sum_vectors(const RowProduct<A>* products, int64_t n_products, const A* w, A bias, int64_t v0, int64_t n, A* y) {
+void sum_vectors(const std::vector<RowSource<A>>& rows, A bias, int64_t v0, const Mask* inside, A* y) {
   constexpr int64_t L = Vec<A>::lanes;
   Vec<A> acc[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) acc[v] = splat(bias);
-  for (const RowProduct<A>* t = products; t < products + n_products; ++t) {
-    const Vec<A> wt = splat(w[t->weight]);
-    const A* source = t->source + v0 * L;
-    const Mask* mask = t->masks + v0;
+  for (const RowSource<A>& row : rows)
+    for (const PlaneTap& tap : *row.taps) {
+      const Vec<A> w = splat(row.w[tap.b]);
+      const A* source = row.row + tap.offset + v0 * L;
+      const Mask* mask = tap.masks + v0;
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[v] = fma(wt, load<A>(source + v * L, mask[v]), acc[v], mask[v]);
-  }
+      for (int v = 0; v < V; ++v) acc[v] = fma(w, load<A>(source + v * L, mask[v]), acc[v], mask[v]);
+    }
 #pragma GCC unroll 8
-  for (int64_t v = 0; v < V; ++v) store(y + (v0 + v) * L, acc[v], lane_range<A>(0, n - (v0 + v) * L));
+  for (int v = 0; v < V; ++v) store(y + (v0 + v) * L, acc[v], inside[v0 + v]);
 }
 
 #define SEGKERNELS_BY_VECTORS(V, CALL) \
@@ -106,9 +119,9 @@ void sum_vectors(const RowProduct<A>* products, int64_t n_products, const A* w, 
   }
 
 template <class A>
-void sum_row(const Columns<A>& columns, const std::vector<RowProduct<A>>& products, const A* w, A bias, A* y) {
+void sum_row(const Columns<A>& columns, const std::vector<RowSource<A>>& rows, A bias, A* y) {
   for (int64_t v0 = 0; v0 < columns.vectors; v0 += columns.block) {
-#define SEGKERNELS_SUM(V) sum_vectors<V>(products.data(), products.size(), w, bias, v0, columns.n, y)
+#define SEGKERNELS_SUM(V) sum_vectors<V>(rows, bias, v0, columns.masks.data(), y)
     SEGKERNELS_BY_VECTORS(std::min(columns.block, columns.vectors - v0), SEGKERNELS_SUM)
 #undef SEGKERNELS_SUM
   }
@@ -122,11 +135,11 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
   using A = acc_t<T>;
   const Geometry& g = f.geometry;
   const int64_t s = g.columns[0].s, H = g.H_out(), W = g.W_out();
+  const int64_t part_size = g.H() * ceil_div(g.W(), s);
   std::vector<Columns<A>> columns;
-  for (int64_t rate = 0; rate < g.R; ++rate) columns.emplace_back(g.forward_columns(rate), W);
+  for (int64_t rate = 0; rate < g.R; ++rate) columns.emplace_back(g.forward_columns(rate), g.R, W, s, part_size);
   std::vector<A> memory(plane_size(g.H(), g.W(), s)), line(W);
-  RowTap rows[kMaxKernel];
-  std::vector<RowProduct<A>> products;
+  std::vector<RowSource<A>> rows;
   A weights[kMaxKernel * kMaxKernel], shift = 0;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / g.C, c = item % g.C;
@@ -136,21 +149,14 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
       if (bias) widen_row<A>(bias + rate * g.C + c, 1, &shift);
       T* y_row = y + ((image * g.R + rate) * g.C + c) * H * W;
       for (int64_t h = 0; h < H; ++h, y_row += W) {
-        const int64_t n_rows = g.forward_rows(rate, h, rows);
-        products.clear();
-        for (int64_t i = 0; i < n_rows; ++i) {
-          const Mask* masks = columns[rate].masks.data();
-          for (const ColumnTap& tap : columns[rate].taps) {
-            const int64_t column = -ceil_div(-tap.source, s), part = tap.source - column * s;
-            products.push_back({plane.data + part * plane.part + rows[i].row * plane.row + column, masks,
-                                rows[i].a * g.kw() + tap.b});
-            masks += columns[rate].vectors;
-          }
-        }
+        rows.clear();
+        for (const RowTap* tap = f.rows[rate].begin(h); tap != f.rows[rate].end(h); ++tap)
+          rows.push_back({plane.data + tap->row * plane.row, weights + tap->a * g.kw(), nullptr,
+                          &columns[rate].taps[rate]});
         if constexpr (std::is_same_v<A, T>) {
-          sum_row(columns[rate], products, weights, shift, y_row);
+          sum_row(columns[rate], rows, shift, y_row);
         } else {
-          sum_row(columns[rate], products, weights, shift, line.data());
+          sum_row(columns[rate], rows, shift, line.data());
           narrow_row(line.data(), W, y_row);
         }
       }
@@ -162,38 +168,36 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
 
 // V vectors of a row of dX, from vector v0 on, and their share of dW: sums[t] += x · dy_t, lane by lane.
 template <int V, class A>
-void backward_vectors(const RowProduct<A>* products, int64_t n_products, const A* w, const A* x, int64_t v0, int64_t n,
-                      A* dx, A* sums) {
+void backward_vectors(const std::vector<RowSource<A>>& rows, const A* x, int64_t v0, const Mask* inside, A* dx) {
   constexpr int64_t L = Vec<A>::lanes;
   Vec<A> xs[V], acc[V];
 #pragma GCC unroll 8
-  for (int64_t v = 0; v < V; ++v) {
-    xs[v] = load<A>(x + (v0 + v) * L, lane_range<A>(0, n - (v0 + v) * L));
+  for (int v = 0; v < V; ++v) {
+    xs[v] = load<A>(x + (v0 + v) * L, inside[v0 + v]);
     acc[v] = splat(A(0));
   }
-  for (const RowProduct<A>* t = products; t < products + n_products; ++t) {
-    const Vec<A> wt = splat(w[t->weight]);
-    const A* source = t->source + v0 * L;
-    const Mask* mask = t->masks + v0;
-    Vec<A> sum = load<A>(sums + t->weight * L);
+  for (const RowSource<A>& row : rows)
+    for (const PlaneTap& tap : *row.taps) {
+      const Vec<A> w = splat(row.w[tap.b]);
+      const A* source = row.row + tap.offset + v0 * L;
+      const Mask* mask = tap.masks + v0;
+      Vec<A> sum = load<A>(row.sums + tap.b * L);
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const Vec<A> dy = load<A>(source + v * L, mask[v]);
-      acc[v] = fma(wt, dy, acc[v], mask[v]);
-      sum = fma(xs[v], dy, sum, mask[v]);
+      for (int v = 0; v < V; ++v) {
+        const Vec<A> dy = load<A>(source + v * L, mask[v]);
+        acc[v] = fma(w, dy, acc[v], mask[v]);
+        sum = fma(xs[v], dy, sum, mask[v]);
+      }
+      store(row.sums + tap.b * L, sum);
     }
-    store(sums + t->weight * L, sum);
-  }
 #pragma GCC unroll 8
-  for (int64_t v = 0; v < V; ++v) store(dx + (v0 + v) * L, acc[v], lane_range<A>(0, n - (v0 + v) * L));
+  for (int v = 0; v < V; ++v) store(dx + (v0 + v) * L, acc[v], inside[v0 + v]);
 }
 
 template <class A>
-void backward_row(const Columns<A>& columns, const std::vector<RowProduct<A>>& products, const A* w, const A* x, A* dx,
-                  A* sums) {
+void backward_row(const Columns<A>& columns, const std::vector<RowSource<A>>& rows, const A* x, A* dx) {
   for (int64_t v0 = 0; v0 < columns.vectors; v0 += columns.block) {
-#define SEGKERNELS_BACKWARD(V) \
-  backward_vectors<V>(products.data(), products.size(), w, x, v0, columns.n, dx, sums)
+#define SEGKERNELS_BACKWARD(V) backward_vectors<V>(rows, x, v0, columns.masks.data(), dx)
     SEGKERNELS_BY_VECTORS(std::min(columns.block, columns.vectors - v0), SEGKERNELS_BACKWARD)
 #undef SEGKERNELS_BACKWARD
   }
@@ -220,12 +224,11 @@ void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w,
   const int64_t s = g.columns[0].s, H = g.H(), W = g.W(), H_out = g.H_out(), W_out = g.W_out(), n_taps = g.taps();
   const int64_t dy_size = plane_size(H_out, W_out, 1), part_size = ceil_div(W, s);
   std::vector<Columns<A>> columns;
-  for (int64_t c = 0; c < s; ++c) columns.emplace_back(g.backward_columns(c), ceil_div(W - c, s));
+  for (int64_t c = 0; c < s; ++c) columns.emplace_back(g.backward_columns(c), g.R, ceil_div(W - c, s), 1, 0);
   std::vector<A> x_memory(plane_size(H, W, s)), dy_memory(g.R * dy_size), line(W), parts(s * part_size);
   std::vector<A> weights(g.R * n_taps), sums(g.R * n_taps * L);
   std::vector<Plane<A>> dys(g.R);
-  std::vector<RowTap> rows(g.R * g.kh());
-  std::vector<RowProduct<A>> products;
+  std::vector<RowSource<A>> rows;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / g.C, c = item % g.C;
     Plane<A> plane{};
@@ -238,28 +241,22 @@ void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w,
     }
     std::fill(sums.begin(), sums.end(), A(0));
     for (int64_t h = 0; (dx || dw) && h < H; ++h) {
-      const int64_t n_rows = g.backward_rows(h, rows.data());
       T* dx_row = dx ? dx + ((image * g.C + c) * H + h) * W : nullptr;
       for (int64_t part = 0; part < s; ++part) {
-        products.clear();
-        for (int64_t i = 0; i < n_rows; ++i) {
-          const Plane<A>& source = dys[rows[i].rate];
-          const Mask* masks = columns[part].masks.data();
-          for (const ColumnTap& tap : columns[part].taps) {
-            if (tap.rate == rows[i].rate)
-              products.push_back({source.data + rows[i].row * source.row + tap.source, masks,
-                                  tap.rate * n_taps + rows[i].a * g.kw() + tap.b});
-            masks += columns[part].vectors;
-          }
+        rows.clear();
+        for (const RowTap* tap = f.rows.begin(h); tap != f.rows.end(h); ++tap) {
+          const Plane<A>& source = dys[tap->rate];
+          const int64_t weight = tap->rate * n_taps + tap->a * g.kw();
+          rows.push_back({source.data + tap->row * source.row, weights.data() + weight, sums.data() + weight * L,
+                          &columns[part].taps[tap->rate]});
         }
         A* to = parts.data() + part * part_size;
         if constexpr (std::is_same_v<A, T>)
           if (s == 1 && dx) to = dx_row;
         if (dw)
-          backward_row(columns[part], products, weights.data(), plane.data + part * plane.part + h * plane.row, to,
-                       sums.data());
+          backward_row(columns[part], rows, plane.data + part * plane.part + h * plane.row, to);
         else
-          sum_row(columns[part], products, weights.data(), A(0), to);
+          sum_row(columns[part], rows, A(0), to);
       }
       if (dx && s > 1) {
         for (int64_t i = 0; i < W; ++i) line[i] = parts[i % s * part_size + i / s];

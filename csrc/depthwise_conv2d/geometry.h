@@ -1,6 +1,7 @@
 // Which input pixels a depthwise convolution reads: taps outside the map are skipped, never multiplied.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <vector>
@@ -26,6 +27,15 @@ struct Run {
 struct RowTap {
   int64_t rate, a, row;
 };
+// The row taps of every row of a map.
+struct RowTaps {
+  std::vector<RowTap> taps;
+  std::vector<int64_t> start{0};
+
+  void end_row() { start.push_back(taps.size()); }
+  const RowTap* begin(int64_t h) const { return taps.data() + start[h]; }
+  const RowTap* end(int64_t h) const { return taps.data() + start[h + 1]; }
+};
 // One product of a run: where it reads (elements from the run's position 0), and its weight's index ρ·k_h·k_w + a·k_w + b.
 struct Tap {
   int64_t offset, weight;
@@ -43,27 +53,33 @@ struct Geometry {
   int64_t H_out() const { return rows[0].out; }
   int64_t W_out() const { return columns[0].out; }
 
-  // Forward, rate ρ: the taps inside the map for output row h.
-  int64_t forward_rows(int64_t rate, int64_t h, RowTap* taps) const {
+  // Slabs of `slab` channels; the last one takes the rest too.
+  int64_t slabs(int64_t slab) const { return std::max<int64_t>(1, C / slab); }
+  int64_t slab_end(int64_t c0, int64_t slab) const { return c0 + 2 * slab > C ? C : c0 + slab; }
+
+  // Forward, rate ρ: for each output row, the taps inside the map.
+  RowTaps forward_rows(int64_t rate) const {
     const Axis& x = rows[rate];
-    int64_t n = 0;
-    for (int64_t a = 0; a < x.k; ++a) {
-      const int64_t row = h * x.s - x.p + a * x.r;
-      if (row >= 0 && row < x.in) taps[n++] = {rate, a, row};
-    }
-    return n;
-  }
-  // Backward, all rates: the output rows that read input row h.
-  int64_t backward_rows(int64_t h, RowTap* taps) const {
-    int64_t n = 0;
-    for (int64_t rate = 0; rate < R; ++rate) {
-      const Axis& x = rows[rate];
+    RowTaps table;
+    for (int64_t h = 0; h < x.out; ++h, table.end_row())
       for (int64_t a = 0; a < x.k; ++a) {
-        const int64_t t = h + x.p - a * x.r;
-        if (t >= 0 && t % x.s == 0 && t / x.s < x.out) taps[n++] = {rate, a, t / x.s};
+        const int64_t row = h * x.s - x.p + a * x.r;
+        if (row >= 0 && row < x.in) table.taps.push_back({rate, a, row});
       }
-    }
-    return n;
+    return table;
+  }
+  // Backward, all rates: for each input row, the output rows that read it.
+  RowTaps backward_rows() const {
+    RowTaps table;
+    for (int64_t h = 0; h < H(); ++h, table.end_row())
+      for (int64_t rate = 0; rate < R; ++rate) {
+        const Axis& x = rows[rate];
+        for (int64_t a = 0; a < x.k; ++a) {
+          const int64_t t = h + x.p - a * x.r;
+          if (t >= 0 && t % x.s == 0 && t / x.s < x.out) table.taps.push_back({rate, a, t / x.s});
+        }
+      }
+    return table;
   }
 
   // Forward, rate ρ: position i is output column i, and the source moves s columns a position.

@@ -45,20 +45,24 @@ inline int64_t slab_of(const Geometry& g, int64_t element_size) {
 struct ForwardPlan {
   Geometry geometry;
   Map x;
+  std::vector<RowTaps> rows;           // [rate]
   std::vector<std::vector<Run>> runs;  // channels_last: [rate]
   std::vector<int64_t> order;
   int64_t slab;
 
   ForwardPlan(Geometry g, const Map& x, int64_t element_size)
       : geometry(std::move(g)), x(x), order(geometry.output_order()), slab(slab_of(geometry, element_size)) {
-    for (int64_t rate = 0; rate < geometry.R; ++rate)
+    for (int64_t rate = 0; rate < geometry.R; ++rate) {
+      rows.push_back(geometry.forward_rows(rate));
       runs.push_back(runs_of(geometry.forward_columns(rate), geometry.W_out()));
+    }
   }
 };
 
 struct BackwardPlan {
   Geometry geometry;
   Map x, dy;
+  RowTaps rows;
   std::vector<std::vector<Run>> runs;  // channels_last: [residue of the column modulo the stride]
   std::vector<int64_t> order, order_out;
   int64_t slab, padded_C, parts;
@@ -67,6 +71,7 @@ struct BackwardPlan {
       : geometry(std::move(g)),
         x(x),
         dy(dy),
+        rows(geometry.backward_rows()),
         order(geometry.input_order()),
         order_out(geometry.output_order()),
         slab(slab_of(geometry, element_size)),

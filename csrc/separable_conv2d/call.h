@@ -1,8 +1,10 @@
-// One call of the fused separable convolution as its CPU kernels see it: sizes, how the work is cut, and where things lie.
+// One call of the fused separable convolution as its CPU kernels see it: sizes, how the work is cut, and
+// where things lie.
 //
-// A tile is a range of at most kPixels output pixels of one image; channels of d and h are taken kChannels at a time. A tile of d
-// or h is a small matrix in the L2 cache, [pixels][channels] in channels_last and [channels][pixels] in NCHW. How the work is cut
-// depends on the sizes alone, so results depend neither on the number of threads nor (forward) on the batch.
+// A tile is a range of at most kPixels output pixels of one image; channels of d and h are taken kChannels at
+// a time. A tile of d or h is a small matrix in the L2 cache, [pixels][channels] in channels_last and
+// [channels][pixels] in NCHW. How the work is cut depends on the sizes alone, so results depend neither on
+// the number of threads nor (forward) on the batch.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <new>
+#include <vector>
 
 #include "common/simd.h"
 #include "depthwise_conv2d/plan.h"
@@ -21,7 +23,8 @@ namespace separable {
 constexpr int64_t kPixels = 128, kChannels = 256;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-// Rows of a tile an odd number of cache lines apart, so that they do not fall into the same sets of the L1 cache.
+// Rows of a tile an odd number of cache lines apart, so that they do not fall into the same sets of the L1
+// cache.
 inline int64_t row_step(int64_t n) { return round_up(n, 32) + 16; }
 
 struct Tile {
@@ -47,7 +50,8 @@ struct Sizes {
   // Consecutive tiles whose sums are taken together. The backward keeps a part of dv for each of its groups.
   int64_t forward_groups() const { return std::min<int64_t>(tiles(), 128); }
   int64_t backward_groups() const {
-    return std::clamp<int64_t>(std::min(tiles() / 4, 64 / (R * chunks())), std::min<int64_t>(tiles(), 1), tiles());
+    return std::clamp<int64_t>(std::min(tiles() / 4, 64 / (R * chunks())), std::min<int64_t>(tiles(), 1),
+                               tiles());
   }
   // A tile of a dense map with `channels` channels, from `channel` on, in the map's memory.
   int64_t offset(Tile t, int64_t channels, int64_t channel) const {
@@ -81,7 +85,16 @@ struct Sums {
   A *first, *second;
 };
 
-enum class Stage { pack_forward, pack_backward, inner_moments, forward, finish, outer_sums, backward, inner_finish };
+enum class Stage {
+  pack_forward,
+  pack_backward,
+  inner_moments,
+  forward,
+  finish,
+  outer_sums,
+  backward,
+  inner_finish
+};
 
 template <class T>
 struct Call {

@@ -17,12 +17,14 @@ using namespace separable;
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// AMX multiplies bfloat16 and, on some machines, float16. A lowered instruction set (SEGKERNELS_ISA) does without.
+// AMX multiplies bfloat16 and, on some machines, float16. A lowered instruction set (SEGKERNELS_ISA) does
+// without.
 template <class T>
 bool has_tiles() {
 #if SEGKERNELS_X86
   if constexpr (sizeof(T) == 2) {
-    static const bool has = isa() == Isa::avx512 && !std::getenv("SEGKERNELS_ISA") && amx::cpu_has(std::is_same_v<T, float16>);
+    static const bool has =
+        isa() == Isa::avx512 && !std::getenv("SEGKERNELS_ISA") && amx::cpu_has(std::is_same_v<T, float16>);
     return has;
   }
 #endif
@@ -34,7 +36,8 @@ Clip<A> clip_of(const std::string& act) {
   Clip<A> clip;
   if (act == "relu" || act == "relu6") clip.low = 0;
   if (act == "relu6") clip.high = 6;
-  STD_TORCH_CHECK(act == "none" || act == "relu" || act == "relu6", "separable_conv2d: unknown activation ", act);
+  STD_TORCH_CHECK(act == "none" || act == "relu" || act == "relu6", "separable_conv2d: unknown activation ",
+                  act);
   return clip;
 }
 
@@ -45,8 +48,8 @@ struct Channels {
   Affine<A> affine;
 
   // mean and var are null where the stage does not standardise.
-  Channels(int64_t n, const A* gamma, const A* beta, const A* batch_mean, const A* batch_var, std::optional<double> eps,
-           const std::string& act)
+  Channels(int64_t n, const A* gamma, const A* beta, const A* batch_mean, const A* batch_var,
+           std::optional<double> eps, const std::string& act)
       : mean(n + 64), scale(n + 64), shift(n + 64), invstd(n + 64), mean_g(n + 64), mean_gn(n + 64) {
     for (int64_t c = 0; c < n; ++c) {
       mean[c] = batch_mean ? batch_mean[c] : A(0);
@@ -54,8 +57,8 @@ struct Channels {
       scale[c] = (gamma ? gamma[c] : A(1)) * invstd[c];
       shift[c] = beta ? beta[c] : A(0);
     }
-    affine = {mean.data(), scale.data(), shift.data(), invstd.data(), mean_g.data(), mean_gn.data(), clip_of<A>(act),
-              eps.has_value()};
+    affine = {mean.data(),   scale.data(),   shift.data(),    invstd.data(),
+              mean_g.data(), mean_gn.data(), clip_of<A>(act), eps.has_value()};
   }
   Channels(const Channels&) = delete;
 };
@@ -74,8 +77,8 @@ Optional dense_if(const Optional& t) { return t ? Optional(dense(*t)) : std::nul
 Tensor as_dense(const Tensor& t, bool channels_last) {
   const Map m = map_of(t);
   const int64_t pixel = channels_last ? m.C : 1, plane = channels_last ? 1 : m.H * m.W;
-  const bool lies = (m.C == 1 || m.sC == plane) && (m.W == 1 || m.sW == pixel) && (m.H == 1 || m.sH == m.W * pixel) &&
-                    (m.B == 1 || m.sB == m.C * m.H * m.W);
+  const bool lies = (m.C == 1 || m.sC == plane) && (m.W == 1 || m.sW == pixel) &&
+                    (m.H == 1 || m.sH == m.W * pixel) && (m.B == 1 || m.sB == m.C * m.H * m.W);
   return lies || t.numel() == 0 ? t : torch::stable::contiguous(t, format_of(channels_last));
 }
 
@@ -88,8 +91,9 @@ struct Operands {
 
   static Tensor dense_x(const Tensor& x) { return with_dense_rows(x, is_channels_last(map_of(x))); }
 
-  Operands(const Tensor& given_x, const Tensor& given_w, const Tensor& given_v, const Optional& g1, const Optional& b1,
-           const Optional& g2, const Optional& b2, const Ints& stride, const Ints& padding, const Ints& dilation)
+  Operands(const Tensor& given_x, const Tensor& given_w, const Tensor& given_v, const Optional& g1,
+           const Optional& b1, const Optional& g2, const Optional& b2, const Ints& stride,
+           const Ints& padding, const Ints& dilation)
       : x(dense_x(given_x)),
         w(dense(given_w)),
         v(dense(given_v)),
@@ -99,7 +103,8 @@ struct Operands {
         beta2(dense_if(b2)),
         plan(geometry_of(map_of(x), w, stride, padding, dilation), map_of(x), x.element_size()) {
     const Geometry& g = plan.geometry;
-    STD_TORCH_CHECK(v.dim() == 3 && v.size(0) == g.R && v.size(2) == g.C, "separable_conv2d: v must be [R, D, C]");
+    STD_TORCH_CHECK(v.dim() == 3 && v.size(0) == g.R && v.size(2) == g.C,
+                    "separable_conv2d: v must be [R, D, C]");
     STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && v.scalar_type() == x.scalar_type(),
                     "separable_conv2d: x, w and v must have one type");
     sizes = {g.B, g.C, v.size(1), g.R, g.H_out(), g.W_out(), is_channels_last(map_of(given_x))};
@@ -121,9 +126,9 @@ struct Prepared {
   Call<T> call{};
   std::vector<T> w;
   std::vector<A> v;
-  std::vector<char> weights;
+  Tensor weights;
 
-  explicit Prepared(const Operands& o) {
+  explicit Prepared(const Operands& o) : weights(o.none()) {
     const Geometry& g = o.plan.geometry;
     call.sizes = o.sizes;
     call.plan = &o.plan;
@@ -152,13 +157,14 @@ struct Prepared {
       call.v = v.data();
     }
     SEGKERNELS_BY_ISA(call.weight_bytes = simd::weight_bytes(call, backward))
-    weights.resize(s.R * s.chunks() * call.weight_bytes + 64);
-    call.weights = weights.data() + (64 - reinterpret_cast<uintptr_t>(weights.data()) % 64);
+    weights = empty(o.x, {s.R * s.chunks() * call.weight_bytes}, ScalarType::Byte);
+    call.weights = mutable_data<char>(weights);
     run(backward ? Stage::pack_backward : Stage::pack_forward, s.R * s.chunks(), s.D * s.C / s.chunks());
   }
 
   void run(Stage stage, int64_t items, int64_t cost) {
-    parallel_for(items, cost, [&](int64_t first, int64_t last) { SEGKERNELS_BY_ISA(simd::run(stage, call, first, last)) });
+    parallel_for(items, cost,
+                 [&](int64_t first, int64_t last) { SEGKERNELS_BY_ISA(simd::run(stage, call, first, last)) });
   }
   int64_t cost() const {  // of all pixels, roughly
     const Sizes& s = call.sizes;
@@ -178,7 +184,8 @@ void merge_moments(const Sizes& s, int64_t channels, const Sums<A>& sums, A* mea
   double count = 0;
   for (int64_t group = 0; group < groups; ++group) {
     double n = 0;
-    for (int64_t t = group * s.tiles() / groups; t < (group + 1) * s.tiles() / groups; ++t) n += s.tile(t).size();
+    for (int64_t t = group * s.tiles() / groups; t < (group + 1) * s.tiles() / groups; ++t)
+      n += s.tile(t).size();
     const double part = n / (count + n);
     for (int64_t c = 0; c < channels; ++c) {
       const double delta = sums.first[group * channels + c] - m[c];
@@ -211,14 +218,15 @@ void add_groups(const std::vector<A>& sums, int64_t groups, int64_t channels, A*
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs separable_conv2d(Tensor x, Tensor w, Tensor v, Optional gamma1, Optional beta1, Optional gamma2, Optional beta2,
-                         std::string act1, std::string act2, std::optional<double> eps1, std::optional<double> eps2,
-                         Ints stride, Ints padding, Ints dilation) {
+Outputs separable_conv2d(Tensor x, Tensor w, Tensor v, Optional gamma1, Optional beta1, Optional gamma2,
+                         Optional beta2, std::string act1, std::string act2, std::optional<double> eps1,
+                         std::optional<double> eps2, Ints stride, Ints padding, Ints dilation) {
   const Operands in(x, w, v, gamma1, beta1, gamma2, beta2, stride, padding, dilation);
   const Sizes& s = in.sizes;
   const int64_t RC = s.R * s.C, RD = s.R * s.D;
   const Ints shape{s.B, RD, s.H_out, s.W_out};
-  const Tensor y = empty_map(in.x, shape, s.channels_last), o = eps2 ? empty_map(in.x, shape, s.channels_last) : in.none();
+  const Tensor y = empty_map(in.x, shape, s.channels_last),
+               o = eps2 ? empty_map(in.x, shape, s.channels_last) : in.none();
   const Tensor mean1 = in.sums(eps1 ? RC : 0), var1 = in.sums(eps1 ? RC : 0);
   const Tensor mean2 = in.sums(eps2 ? RD : 0), var2 = in.sums(eps2 ? RD : 0);
   if (y.numel() == 0) {
@@ -239,7 +247,8 @@ Outputs separable_conv2d(Tensor x, Tensor w, Tensor v, Optional gamma1, Optional
     call.y = mutable_data<T>(y);
     call.o = data_or_null<T>(o);
 
-    A *m1 = data_or_null<A>(mean1), *s1 = data_or_null<A>(var1), *m2 = data_or_null<A>(mean2), *s2 = data_or_null<A>(var2);
+    A *m1 = data_or_null<A>(mean1), *s1 = data_or_null<A>(var1), *m2 = data_or_null<A>(mean2),
+      *s2 = data_or_null<A>(var2);
     if (eps1) {
       p.run(Stage::inner_moments, groups, p.map_cost() * 10 / groups);
       merge_moments(s, RC, call.sums1, m1, s1);
@@ -247,7 +256,8 @@ Outputs separable_conv2d(Tensor x, Tensor w, Tensor v, Optional gamma1, Optional
     const Channels<A> inner(RC, data_or_null<A>(in.gamma1), data_or_null<A>(in.beta1), m1, s1, eps1, act1);
     call.inner = inner.affine;
     if (!eps2) {
-      const Channels<A> outer(RD, data_or_null<A>(in.gamma2), data_or_null<A>(in.beta2), nullptr, nullptr, eps2, act2);
+      const Channels<A> outer(RD, data_or_null<A>(in.gamma2), data_or_null<A>(in.beta2), nullptr, nullptr,
+                              eps2, act2);
       call.outer = outer.affine;
       p.run(Stage::forward, groups, p.cost() / groups);
     } else {
@@ -264,11 +274,11 @@ Outputs separable_conv2d(Tensor x, Tensor w, Tensor v, Optional gamma1, Optional
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o, Tensor w, Tensor v, Optional gamma1,
-                                    Optional beta1, Optional gamma2, Optional beta2, Tensor mean1, Tensor var1,
-                                    Tensor mean2, Tensor var2, std::string act1, std::string act2,
-                                    std::optional<double> eps1, std::optional<double> eps2, Ints stride, Ints padding,
-                                    Ints dilation, Ints need) {
+Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o, Tensor w, Tensor v,
+                                    Optional gamma1, Optional beta1, Optional gamma2, Optional beta2,
+                                    Tensor mean1, Tensor var1, Tensor mean2, Tensor var2, std::string act1,
+                                    std::string act2, std::optional<double> eps1, std::optional<double> eps2,
+                                    Ints stride, Ints padding, Ints dilation, Ints need) {
   const Operands in(x, w, v, gamma1, beta1, gamma2, beta2, stride, padding, dilation);
   const Sizes& s = in.sizes;
   const int64_t RC = s.R * s.C, RD = s.R * s.D;
@@ -277,8 +287,9 @@ Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o,
                   "separable_conv2d_backward: o (standardised) or y (activated) is missing");
   const auto as_map = [&](const Tensor& t) {
     const Map m = map_of(t);
-    STD_TORCH_CHECK(m.B == s.B && m.C == RD && m.H == s.H_out && m.W == s.W_out && t.scalar_type() == in.x.scalar_type(),
-                    "separable_conv2d_backward: dy, y and o must have the output's sizes and x's type");
+    STD_TORCH_CHECK(
+        m.B == s.B && m.C == RD && m.H == s.H_out && m.W == s.W_out && t.scalar_type() == in.x.scalar_type(),
+        "separable_conv2d_backward: dy, y and o must have the output's sizes and x's type");
     return as_dense(t, s.channels_last);
   };
   dy = as_map(dy);
@@ -286,7 +297,8 @@ Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o,
   const bool masked = !eps2 && act2 != "none";
   if (masked) y = as_map(*y);
   mean1 = dense(mean1), var1 = dense(var1), mean2 = dense(mean2), var2 = dense(var2);
-  STD_TORCH_CHECK((!eps1 || (mean1.numel() == RC && var1.numel() == RC)) && (!eps2 || (mean2.numel() == RD && var2.numel() == RD)),
+  STD_TORCH_CHECK((!eps1 || (mean1.numel() == RC && var1.numel() == RC)) &&
+                      (!eps2 || (mean2.numel() == RD && var2.numel() == RD)),
                   "separable_conv2d_backward: mean and var need one number per channel");
 
   const bool want_dd = need[0] || need[1], want_inner = want_dd || need[3] || need[4];
@@ -304,10 +316,12 @@ Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o,
       using A = acc_t<T>;
       Prepared<T> p(in);
       Call<T>& call = p.call;
-      const A *g1 = data_or_null<A>(in.gamma1), *b1 = data_or_null<A>(in.beta1), *g2 = data_or_null<A>(in.gamma2),
-              *b2 = data_or_null<A>(in.beta2);
-      Channels<A> inner(RC, g1, b1, eps1 ? const_data<A>(mean1) : nullptr, eps1 ? const_data<A>(var1) : nullptr, eps1, act1);
-      Channels<A> outer(RD, g2, b2, eps2 ? const_data<A>(mean2) : nullptr, eps2 ? const_data<A>(var2) : nullptr, eps2, act2);
+      const A *g1 = data_or_null<A>(in.gamma1), *b1 = data_or_null<A>(in.beta1),
+              *g2 = data_or_null<A>(in.gamma2), *b2 = data_or_null<A>(in.beta2);
+      Channels<A> inner(RC, g1, b1, eps1 ? const_data<A>(mean1) : nullptr,
+                        eps1 ? const_data<A>(var1) : nullptr, eps1, act1);
+      Channels<A> outer(RD, g2, b2, eps2 ? const_data<A>(mean2) : nullptr,
+                        eps2 ? const_data<A>(var2) : nullptr, eps2, act2);
       call.inner = inner.affine;
       call.outer = outer.affine;
       call.dy = const_data<T>(dy);
@@ -334,10 +348,10 @@ Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o,
       }
       const int64_t groups = s.backward_groups(), items = s.R * s.chunks() * groups;
       GroupSums<A> sums1(groups, RC), sums2(groups, RD);
-      std::vector<A> dvs(want_dv ? groups * RD * s.C : 0);
+      const Tensor dvs = in.sums(want_dv ? groups * RD * s.C : 0);
       call.sums1 = sums1.get();
       call.sums2 = sums2.get();
-      call.dv = dvs.data();
+      call.dv = data_or_null<A>(dvs);
       p.run(Stage::backward, items, 2 * p.cost() / items);
       if (!eps2) add_groups(sums2.first, groups, RD, sum_g2.data());
       add_groups(sums1.first, groups, RC, sum_g1.data());
@@ -351,8 +365,9 @@ Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o,
       }
       if (want_dv)  // γ₂·gᵀh, and Σ_c v·gᵀh; with moments γ₂ is in g already
         parallel_for(RD, groups * s.C, [&](int64_t first, int64_t last) {
-          SEGKERNELS_BY_ISA(simd::finish_dv(call, const_data<T>(in.v), groups, eps2 ? nullptr : g2, data_or_null<T>(dv),
-                                            eps2 ? nullptr : sum_gn2.data(), first, last))
+          SEGKERNELS_BY_ISA(simd::finish_dv(call, const_data<T>(in.v), groups, eps2 ? nullptr : g2,
+                                            data_or_null<T>(dv), eps2 ? nullptr : sum_gn2.data(), first,
+                                            last))
         });
       const auto give = [](const std::vector<A>& sums, const Tensor& t) {
         if (t.numel()) std::copy(sums.begin(), sums.end(), mutable_data<A>(t));
@@ -363,8 +378,9 @@ Gradients separable_conv2d_backward(Tensor dy, Tensor x, Optional y, Optional o,
       give(sum_g2, dbeta2);
     });
   }
-  const auto [dx, dw, db] = want_dd ? depthwise_conv2d_backward(dd, in.x, in.w, stride, padding, dilation, {need[0], need[1], 0})
-                                    : std::tuple<Tensor, Tensor, Tensor>(in.none(), in.none(), in.none());
+  const auto [dx, dw, db] =
+      want_dd ? depthwise_conv2d_backward(dd, in.x, in.w, stride, padding, dilation, {need[0], need[1], 0})
+              : std::tuple<Tensor, Tensor, Tensor>(in.none(), in.none(), in.none());
   return {dx, dw, dv, dgamma1, dbeta1, dgamma2, dbeta2};
 }
 

@@ -1,7 +1,9 @@
-// The stages of the fused separable convolution on the CPU. Compiled once per instruction set (no include guard).
+// The stages of the fused separable convolution on the CPU. Compiled once per instruction set (no include
+// guard).
 //
-// Every stage walks over tiles of output pixels. d = w ⊛ x is made tile by tile by the depthwise kernels, never for a whole map, and
-// made again where it is needed again: nine products cost less than the memory it would pass through.
+// Every stage walks over tiles of output pixels. d = w ⊛ x is made tile by tile by the depthwise kernels,
+// never for a whole map, and made again where it is needed again: nine products cost less than the memory it
+// would pass through.
 
 #include "depthwise_conv2d/cpu_kernels.h"
 #include "common/gemm.h"
@@ -21,57 +23,65 @@ void depthwise_tile_last(const Call<T>& call, Tile tile, int64_t rate, int64_t c
   const Identity identity;
   for (int64_t p = tile.first; p < tile.last;) {
     const int64_t h = p / W, first = p % W, last = std::min(W, first + tile.last - p);
-    forward_row(f, call.x + tile.image * f.x.sB, call.w, static_cast<const T*>(nullptr), rate, h, first, last, c0, c1,
-                d.p + (p - tile.first) * d.step, d.step, identity);
+    forward_row(f, call.x + tile.image * f.x.sB, call.w, static_cast<const T*>(nullptr), rate, h, first, last,
+                c0, c1, d.p + (p - tile.first) * d.step, d.step, identity);
     p += last - first;
   }
 }
 
+// The part of a tile in one row of the output: pixels [first, last) of row h, for NCHW.
+template <class A>
+struct RowPart {
+  int64_t h, first, last, pixel;  // pixel: of the tile
+  Columns<A> columns;
+  std::vector<RowSource<A>> sources;
+};
+
 // NCHW: d[channel − c0][pixel]. Rows of x that cannot be read in place are widened one by one.
 template <class T>
-void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t c0, int64_t c1, Matrix<T> d) {
+void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t c0, int64_t c1,
+                           Matrix<T> d) {
   using A = acc_t<T>;
   const ForwardPlan& f = *call.plan;
   const Geometry& g = f.geometry;
-  const int64_t W = call.sizes.W_out, s = g.columns[0].s, line = plane_size(1, g.W(), s), part = ceil_div(g.W(), s);
+  const RowTaps& taps = f.rows[rate];
+  const int64_t W = call.sizes.W_out, s = g.columns[0].s, line = plane_size(1, g.W(), s);
   const bool in_place = std::is_same_v<A, T> && s == 1;
   std::vector<A> memory(in_place ? 0 : kMaxKernel * line), sums(W);
   A weights[kMaxKernel * kMaxKernel];
+  std::vector<RowPart<A>> parts;
+  parts.reserve(tile.size() / W + 2);  // so that none moves: sources point into columns
   for (int64_t p = tile.first; p < tile.last;) {
     const int64_t h = p / W, first = p % W, last = std::min(W, first + tile.last - p);
-    RowTap rows[kMaxKernel];
-    const int64_t n_rows = g.forward_rows(rate, h, rows);
-    std::vector<ColumnTap> taps;  // of the positions from `first` on
-    for (const ColumnTap& t : g.forward_columns(rate))
-      taps.push_back({t.rate, t.b, t.source + s * first, t.begin - first, t.end - first});
-    const Columns<A> columns(taps, last - first);
-    std::vector<int64_t> offsets;
-    std::vector<RowProduct<A>> products;
-    for (int64_t i = 0; i < n_rows; ++i)
-      for (size_t t = 0; t < taps.size(); ++t) {
-        const int64_t column = -ceil_div(-taps[t].source, s), residue = taps[t].source - column * s;  // floor
-        offsets.push_back(in_place ? rows[i].row * f.x.sH + taps[t].source : i * line + residue * part + column);
-        products.push_back({nullptr, columns.masks.data() + t * columns.vectors, rows[i].a * g.kw() + taps[t].b});
+    std::vector<ColumnTap> columns = g.forward_columns(rate);  // of the positions from `first` on
+    for (ColumnTap& t : columns) t = {t.rate, t.b, t.source + s * first, t.begin - first, t.end - first};
+    parts.push_back(
+        {h, first, last, p - tile.first, {columns, g.R, last - first, s, ceil_div(g.W(), s)}, {}});
+    for (const RowTap* tap = taps.begin(h); tap != taps.end(h); ++tap)
+      parts.back().sources.push_back(
+          {nullptr, weights + tap->a * g.kw(), nullptr, &parts.back().columns.taps[rate]});
+    p += last - first;
+  }
+  for (int64_t c = c0; c < c1; ++c) {
+    const T* x = call.x + tile.image * f.x.sB + c * f.x.sC;
+    widen_row<A>(call.w + (rate * g.C + c) * g.taps(), g.taps(), weights);
+    for (RowPart<A>& part : parts) {
+      const RowTap* tap = taps.begin(part.h);
+      for (size_t i = 0; i < part.sources.size(); ++i) {
+        const T* row = x + tap[i].row * f.x.sH;
+        if (c + 1 < c1)  // planes are too far apart for the hardware to foresee the next one
+          for (int64_t j = 0; j < part.last - part.first; j += 64 / sizeof(T))
+            __builtin_prefetch(row + f.x.sC + part.first + j);
+        part.sources[i].row = read_plane(row, f.x.sH, 1, g.W(), s, memory.data() + i * line).data;
       }
-    for (int64_t c = c0; c < c1; ++c) {
-      const T* x = call.x + tile.image * f.x.sB + c * f.x.sC;
-      const A* base = memory.data();
-      if constexpr (std::is_same_v<A, T>)
-        if (in_place) base = x;
-      if (!in_place)
-        for (int64_t i = 0; i < n_rows; ++i)
-          read_plane(x + rows[i].row * f.x.sH, f.x.sH, 1, g.W(), s, memory.data() + i * line);
-      for (size_t i = 0; i < products.size(); ++i) products[i].source = base + offsets[i];
-      widen_row<A>(call.w + (rate * g.C + c) * g.taps(), g.taps(), weights);
-      T* to = d.p + (c - c0) * d.step + (p - tile.first);
+      T* to = d.p + (c - c0) * d.step + part.pixel;
       if constexpr (std::is_same_v<A, T>) {
-        sum_row(columns, products, weights, A(0), to);
+        sum_row(part.columns, part.sources, A(0), to);
       } else {
-        sum_row(columns, products, weights, A(0), sums.data());
-        narrow_row(sums.data(), last - first, to);
+        sum_row(part.columns, part.sources, A(0), sums.data());
+        narrow_row(sums.data(), part.last - part.first, to);
       }
     }
-    p += last - first;
   }
 }
 
@@ -87,7 +97,8 @@ void depthwise_tile(const Call<T>& call, Tile tile, int64_t rate, int64_t chunk,
 // -- memory of one thread -------------------------------------------------------------------------
 
 template <bool kLast>
-SEGKERNELS_INLINE int64_t tile_size(int64_t channels) {  // numbers, with the padding that matrix products may touch
+SEGKERNELS_INLINE int64_t
+tile_size(int64_t channels) {  // numbers, with the padding that matrix products may touch
   return kLast ? kPixels * row_step(channels) : round_up(channels, 32) * row_step(kPixels);
 }
 template <bool kLast>
@@ -95,15 +106,16 @@ SEGKERNELS_INLINE int64_t tile_step(int64_t channels) {
   return row_step(kLast ? channels : kPixels);
 }
 
-// Zeroed, so that padding holds no denormal numbers.
+// Tiles of one stage on one thread. The thread keeps the memory for its next stage: it is small, and fresh
+// pages cost as much as the work on them. Zeroed when new: the padding that matrix products read should hold
+// no denormal numbers.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)))) {
-    if (!memory_) throw std::bad_alloc();
-    std::memset(memory_, 0, bytes);
-    next_ = memory_;
+  explicit Workspace(int64_t bytes) {
+    thread_local std::vector<char> memory;
+    if (int64_t(memory.size()) < bytes + 64) std::vector<char>(bytes + 64).swap(memory);
+    next_ = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   }
-  ~Workspace() { std::free(memory_); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
@@ -115,7 +127,7 @@ class Workspace {
   }
 
  private:
-  char *memory_, *next_;
+  char* next_;
 };
 
 SEGKERNELS_INLINE int64_t chunk_width(const Sizes& s) { return std::min(s.C, kChannels); }
@@ -154,12 +166,13 @@ int64_t weight_bytes(const Sizes& s, bool backward) {
 
 // C (+)= weights · tile, in the layout of the tile.
 template <class E, bool kLast, bool kBackward, class T>
-void multiply_weights(const Call<T>& call, int64_t slot, Matrix<acc_t<T>> in, Matrix<acc_t<T>> out, int64_t pixels,
-                      int64_t k, int64_t n, bool add, void* scratch) {
+void multiply_weights(const Call<T>& call, int64_t slot, Matrix<acc_t<T>> in, Matrix<acc_t<T>> out,
+                      int64_t pixels, int64_t k, int64_t n, bool add, void* scratch) {
   const View<acc_t<T>> tile{in.p, in.step, 1};
   const char* weights = call.weights + slot * call.weight_bytes;
   if constexpr (kLast)
-    E::multiply(pixels, n, k, E::left(tile, pixels, k, scratch), E::right_at(weights, k), out.p, out.step, add);
+    E::multiply(pixels, n, k, E::left(tile, pixels, k, scratch), E::right_at(weights, k), out.p, out.step,
+                add);
   else
     E::multiply(n, pixels, k, E::left_at(weights_view<E, kLast, kBackward>(call, slot), weights),
                 E::right(tile, k, pixels, scratch), out.p, out.step, add);
@@ -177,7 +190,8 @@ void inner_moments(const Call<T>& call, int64_t first, int64_t last) {
   A* tile_mean = memory.take<A>(kChannels + 64);
   const Partial<kLast, A> partial{memory.take<A>(kChannels * 64 / sizeof(A))};
   for (int64_t group = first; group < last; ++group) {
-    const int64_t begin = group * s.tiles() / s.forward_groups(), end = (group + 1) * s.tiles() / s.forward_groups();
+    const int64_t begin = group * s.tiles() / s.forward_groups(),
+                  end = (group + 1) * s.tiles() / s.forward_groups();
     int64_t count = 0;
     for (int64_t t = begin; t < end; count += s.tile(t++).size())
       for (int64_t chunk = 0; chunk < s.chunks(); ++chunk)
@@ -185,8 +199,8 @@ void inner_moments(const Call<T>& call, int64_t first, int64_t last) {
           const int64_t n = s.chunk_end(chunk) - s.chunk_begin(chunk), pixels = s.tile(t).size();
           const int64_t at = (group * s.R + rate) * s.C + s.chunk_begin(chunk);
           depthwise_tile<kLast>(call, s.tile(t), rate, chunk, d);
-          add_moments<kLast, T>({d.p, d.step}, kLast ? pixels : n, kLast ? n : pixels, count, call.sums1.first + at,
-                                call.sums1.second + at, partial, tile_mean);
+          add_moments<kLast, T>({d.p, d.step}, kLast ? pixels : n, kLast ? n : pixels, count,
+                                call.sums1.first + at, call.sums1.second + at, partial, tile_mean);
         }
   }
 }
@@ -209,7 +223,8 @@ void forward(const Call<T>& call, int64_t first, int64_t last) {
   [[maybe_unused]] const typename E::Session session;
 
   for (int64_t group = first; group < last; ++group) {
-    const int64_t begin = group * s.tiles() / s.forward_groups(), end = (group + 1) * s.tiles() / s.forward_groups();
+    const int64_t begin = group * s.tiles() / s.forward_groups(),
+                  end = (group + 1) * s.tiles() / s.forward_groups();
     int64_t count = 0;
     for (int64_t t = begin; t < end; count += s.tile(t++).size()) {
       const Tile tile = s.tile(t);
@@ -221,8 +236,8 @@ void forward(const Call<T>& call, int64_t first, int64_t last) {
           apply<kLast, T, A>({d.p, d.step}, h, kLast ? pixels : n, kLast ? n : pixels,
                              call.inner.from(rate * s.C + s.chunk_begin(chunk)));
           multiply_weights<E, kLast, false>(call, rate * s.chunks() + chunk, h,
-                                            {o + rate * o_size, tile_step<kLast>(s.D)}, pixels, n, s.D, chunk > 0,
-                                            products);
+                                            {o + rate * o_size, tile_step<kLast>(s.D)}, pixels, n, s.D,
+                                            chunk > 0, products);
         }
       for (int64_t rate = 0; rate < s.R; ++rate) {
         const int64_t rows = kLast ? pixels : s.D, columns = kLast ? s.D : pixels;
@@ -248,8 +263,8 @@ void finish(const Call<T>& call, int64_t first, int64_t last) {
   const int64_t channels = s.R * s.D, step = s.step(channels);
   for (int64_t t = first; t < last; ++t) {
     const int64_t at = s.offset(s.tile(t), channels, 0), pixels = s.tile(t).size();
-    apply<kLast, T, T>({call.o + at, step}, {call.y + at, step}, kLast ? pixels : channels, kLast ? channels : pixels,
-                       call.outer);
+    apply<kLast, T, T>({call.o + at, step}, {call.y + at, step}, kLast ? pixels : channels,
+                       kLast ? channels : pixels, call.outer);
   }
 }
 

@@ -1,5 +1,6 @@
-// Passes over a tile, row by row: affine, activation, gradients and sums per channel. Compiled once per instruction set, for rows of
-// pixels (kLast, channels_last) and rows of channels (NCHW). Tiles of type T lie in maps, tiles of the accumulation type A in caches.
+// Passes over a tile, row by row: affine, activation, gradients and sums per channel. Compiled once per
+// instruction set, for rows of pixels (kLast, channels_last) and rows of channels (NCHW). Tiles of type T lie
+// in maps, tiles of the accumulation type A in caches.
 
 namespace segkernels {
 namespace {
@@ -49,7 +50,9 @@ template <bool kLast, class A>
 struct Partial {
   static constexpr int64_t lanes = Vec<A>::lanes;
   A* p;
-  SEGKERNELS_INLINE int64_t size(int64_t channels) { return kLast ? round_up(channels, 32) : channels * lanes; }
+  SEGKERNELS_INLINE int64_t size(int64_t channels) {
+    return kLast ? round_up(channels, 32) : channels * lanes;
+  }
   __attribute__((always_inline)) void add(Vec<A> v, int64_t i, int64_t j) const {
     A* s = p + (kLast ? j : i * lanes);
     store(s, load<A>(s) + v);
@@ -86,12 +89,11 @@ void apply(Matrix<const S> from, Matrix<T> to, int64_t rows, int64_t columns, co
 
 template <class A, class T>
 void copy(Matrix<const A> from, Matrix<T> to, int64_t rows, int64_t columns) {
-  SEGKERNELS_EACH_VECTOR({
-    store(to.p + i * to.step + j, load<A>(from.p + i * from.step + j, m), m);
-  })
+  SEGKERNELS_EACH_VECTOR({ store(to.p + i * to.step + j, load<A>(from.p + i * from.step + j, m), m); })
 }
 
-// Adds the moments of a tile (mean, and Σ(u − mean)² around it) to those of `count` numbers before it (Chan et al. 1983).
+// Adds the moments of a tile (mean, and Σ(u − mean)² around it) to those of `count` numbers before it (Chan
+// et al. 1983).
 template <bool kLast, class T, class A>
 void add_moments(Matrix<const T> u, int64_t rows, int64_t columns, int64_t count, A* mean, A* squares,
                  Partial<kLast, A> partial, A* tile_mean) {
@@ -114,8 +116,8 @@ void add_moments(Matrix<const T> u, int64_t rows, int64_t columns, int64_t count
 
 // Outer stage without moments: g = dy·φ₂'(y), and Σg.
 template <bool kLast, class T, class A>
-void outer_gradient(Matrix<const T> dy, Matrix<const T> y, Matrix<A> g, int64_t rows, int64_t columns, Clip<A> clip,
-                    Partial<kLast, A> sum_g) {
+void outer_gradient(Matrix<const T> dy, Matrix<const T> y, Matrix<A> g, int64_t rows, int64_t columns,
+                    Clip<A> clip, Partial<kLast, A> sum_g) {
   SEGKERNELS_EACH_VECTOR({
     Vec<A> gi = load<A>(dy.p + i * dy.step + j, m);
     if (y.p) gi = through(gi, load<A>(y.p + i * y.step + j, m), clip);
@@ -142,8 +144,9 @@ void outer_standardised(Matrix<const T> dy, Matrix<const T> o, Matrix<A> d_o, in
 
 // Inner stage: g = dh·φ₁'(h), Σg and Σg·n; out is g (moments still to be taken through) or scale·g.
 template <bool kLast, class T, class A>
-void inner_gradient(Matrix<const A> dh, Matrix<const A> h, Matrix<const T> d, T* out, int64_t out_step, int64_t rows,
-                    int64_t columns, const Affine<A>& a, Partial<kLast, A> sum_g, Partial<kLast, A> sum_gn) {
+void inner_gradient(Matrix<const A> dh, Matrix<const A> h, Matrix<const T> d, T* out, int64_t out_step,
+                    int64_t rows, int64_t columns, const Affine<A>& a, Partial<kLast, A> sum_g,
+                    Partial<kLast, A> sum_gn) {
   SEGKERNELS_EACH_VECTOR({
     const Vec<A> g = through(load<A>(dh.p + i * dh.step + j, m), load<A>(h.p + i * h.step + j, m), a.clip);
     const Vec<A> n = standard<kLast>(load<A>(d.p + i * d.step + j, m), a, i, j);

@@ -147,7 +147,9 @@ def draw(indices: Iterable[int], size: int | tuple[int, int] = 64, seed: int = 0
     height, width = (size, size) if isinstance(size, int) else size
     index = [int(i) for i in indices]
     if height < 1 or width < 1 or seed < 0 or min(index, default=0) < 0:
-        raise ValueError(f"scenes need size ≥ 1, seed ≥ 0 and indices ≥ 0, got size={size}, seed={seed}")
+        raise ValueError(
+            f"scenes need size ≥ 1, seed ≥ 0 and indices ≥ 0, got size={size}, seed={seed}"
+        )
     streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in index]
 
     def uniform(*shape: int) -> np.ndarray:  # [B, *shape] in [0, 1)

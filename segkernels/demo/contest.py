@@ -137,7 +137,9 @@ def _calls(contest: Contest, compiled: bool) -> Iterator[tuple[str, Callable[[],
     yield EAGER, _call(contest.plain, x, contest.backward)
     yield LAST, _call(plain_last, last, contest.backward)
     if compiled:
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for one graph
+        os.environ.setdefault(
+            "TORCHINDUCTOR_COMPILE_THREADS", "1"
+        )  # no pool of processes for one graph
         call = _call(torch.compile(plain_last), last, contest.backward)
         try:
             call()

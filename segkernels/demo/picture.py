@@ -51,7 +51,9 @@ def gallery(
         row, column = divmod(number, columns)
         for place, tile in enumerate(scene, column * len(headings)):
             corner = (GAP + place * (width + GAP), top + row * (height + GAP))
-            sheet.paste(_tile(tile, palette).resize((width, height), Image.Resampling.NEAREST), corner)
+            sheet.paste(
+                _tile(tile, palette).resize((width, height), Image.Resampling.NEAREST), corner
+            )
     step = (size[0] - GAP) / len(classes)
     for number, name in enumerate(classes):
         x = round(GAP + number * step)

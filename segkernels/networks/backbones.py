@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkernels.networks.resnet import RESNETS, ResNet
+from segkernels.networks.resnet import RESNETS, NormClass, ResNet
 from segkernels.networks.xception import Xception65
-from segkernels.nn.separable_conv2d import Norm
 
 NAMES = [*RESNETS, "xception65"]
 
@@ -24,7 +23,7 @@ def build_backbone(
     multigrid: Sequence[int] | None = None,
     width: int | None = None,
     weights: str | Path | None = None,
-    norm: Norm = nn.BatchNorm2d,
+    norm: NormClass = nn.BatchNorm2d,
     backend: str | None = None,
 ) -> ResNet | Xception65:
     """A backbone: image [B, in_channels, H, W] to Features. See :func:`deeplabv3plus`."""

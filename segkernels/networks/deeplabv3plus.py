@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from segkernels.networks.backbones import build_backbone
+from segkernels.networks.resnet import NormClass
 from segkernels.networks.segmenter import Segmenter
 from segkernels.nn import DeepLabV3PlusHead
-from segkernels.nn.separable_conv2d import Norm
 
 
 def deeplabv3plus(
@@ -30,7 +30,7 @@ def deeplabv3plus(
     rates: Sequence[int] | None = None,
     separable: bool = True,
     dropout: float = 0.1,
-    norm: Norm = nn.BatchNorm2d,
+    norm: NormClass = nn.BatchNorm2d,
     align_corners: bool = False,
     backend: str | None = None,
 ) -> Segmenter:

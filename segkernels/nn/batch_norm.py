@@ -35,15 +35,23 @@ def uses_batch_moments(norm: nn.BatchNorm2d) -> bool:
 
 
 def affine(norms: Norms) -> Affine:
-    """The affine stage of R norms of one kind, rate by rate."""
-    stages = [_affine(norm) for norm in norms]
-    if len(stages) == 1:
-        return stages[0]
-    return Affine(
-        _concatenated([s.scale for s in stages]),
-        _concatenated([s.shift for s in stages]),
-        stages[0].eps,
-    )
+    """The affine stage of R norms of one kind (mode, eps, which of γ and β exist), rate by rate."""
+    present = [norm for norm in norms if norm is not None]
+    if not present:
+        return Affine(None, None, None)
+    first = present[0]
+    weight = _joined([norm.weight for norm in present])  # γ [R·C]
+    bias = _joined([norm.bias for norm in present])  # β [R·C]
+    if uses_batch_moments(first):
+        return Affine(weight, bias, first.eps)
+    mean = _joined([norm.running_mean for norm in present])
+    var = _joined([norm.running_var for norm in present])
+    assert mean is not None and var is not None
+    wide = torch.promote_types(var.dtype, torch.float32)
+    scale = torch.rsqrt(var.to(wide) + first.eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+    return Affine(scale, shift, None)
 
 
 def track(norms: Norms, mean: Tensor, var: Tensor, shape: Sequence[int]) -> None:
@@ -65,20 +73,6 @@ def track(norms: Norms, mean: Tensor, var: Tensor, shape: Sequence[int]) -> None
             _track(norm, m, v)
 
 
-def _affine(norm: nn.BatchNorm2d | None) -> Affine:
-    if norm is None:
-        return Affine(None, None, None)
-    if uses_batch_moments(norm):
-        return Affine(norm.weight, norm.bias, norm.eps)
-    mean, var = norm.running_mean, norm.running_var
-    assert mean is not None and var is not None
-    wide = torch.promote_types(var.dtype, torch.float32)
-    scale = torch.rsqrt(var.to(wide) + norm.eps)  # [C]
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -mean * scale
-    return Affine(scale, shift if norm.bias is None else norm.bias + shift, None)
-
-
 @torch.no_grad()
 def _track(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
     if not (norm.training and norm.track_running_stats):
@@ -96,6 +90,8 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
             running.lerp_(moment, norm.momentum)
 
 
-def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+    if len(present) <= 1:
+        return present[0] if present else None
+    return torch.cat(present)

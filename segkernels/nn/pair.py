@@ -139,8 +139,7 @@ def kind(pair: Pair) -> tuple[object, ...] | None:
     def norm_kind(norm: nn.BatchNorm2d | None) -> tuple[object, ...] | None:
         if norm is None:
             return None
-        moments = uses_batch_moments(norm)
-        return moments, moments and norm.eps, norm.weight is None, norm.bias is None
+        return uses_batch_moments(norm), norm.eps, norm.weight is None, norm.bias is None
 
     d, p = pair.depthwise, pair.pointwise
     return (

@@ -1,7 +1,7 @@
-"""What the launchers of Triton kernels share: memory layouts, and block sizes chosen from shapes alone.
+"""What the launchers of Triton kernels share: memory layouts, and block sizes from shapes alone.
 
-Nothing here depends on the device or on timing, so results do not either. Blocks of a forward do not depend on
-the batch size.
+Nothing here depends on the device or on timing, so results do not either; the blocks of a forward
+do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from segkernels.fused import accumulation_dtype, memory_format
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
 
 # (center, scale, shift) of (t − center)·scale + shift, per channel; a None is left out
 Normaliser = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -34,7 +36,7 @@ def dense(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 
 def readable(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """t itself where its last axis in memory is dense (or repeats one number), else a copy in the layout."""
+    """t itself where the layout's last axis is dense or repeats one number, else a copy."""
     axis = 1 if channels_last else 3
     if t.size(axis) == 1 or t.stride(axis) in (0, 1):
         return t
@@ -42,7 +44,7 @@ def readable(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 
 def pixel_map(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """readable, and with pixels at one distance from each other, so that a map is [B, C, N]."""
+    """readable, and with all pixels at one distance, so that a map is [B, C, N]."""
     t = readable(t, channels_last)
     if t.size(2) == 1 or t.stride(2) == t.size(3) * t.stride(3):
         return t
@@ -89,7 +91,7 @@ def channels_major(w: torch.Tensor, KH: int, KW: int) -> torch.Tensor:
 def tile_shape(
     channels: int, pixels: int, itemsize: int, channels_last: bool, elements: int
 ) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_C) of about `elements` numbers, at least a 128-byte line along the dense axis."""
+    """(BLOCK_N, BLOCK_C) of `elements` numbers, a 128-byte line or more along the dense axis."""
     if channels_last:
         block_c = min(triton.next_power_of_2(channels), 128 // itemsize)
         return min(triton.next_power_of_2(pixels), max(elements // block_c, 1)), block_c
@@ -107,10 +109,12 @@ def backward_walk(
 ) -> tuple[int, int, int]:
     """(BLOCK_N, BLOCK_C, tiles per program) of the depthwise backward.
 
-    A thread keeps one sum per tap and element: 8 elements for 3×3, fewer for more taps. A walk of 8 to 32 tiles keeps the
-    shares of dw small beside the maps, and the programs many.
+    A thread keeps one sum per tap and element: 8 elements for 3×3, fewer for more taps. A walk of 8
+    to 32 tiles keeps the shares of dw small beside the maps, and the programs many.
     """
     taps *= 2 if x.dtype == torch.float64 else 1
+    if INTERPRETED:  # no registers to run out of, and every operation counts
+        taps = 1
     per_thread = 8 if taps <= 12 else 4 if taps <= 27 else 2 if taps <= 36 else 1
     block_n, block_c = tile_shape(
         x.size(1), pixels, x.element_size(), channels_last, 128 * per_thread
@@ -127,9 +131,10 @@ def fit(size: int, most: int) -> int:
 def product_shape(
     dtype: torch.dtype, pixels: int, summed: int, made: int, widest: int
 ) -> tuple[int, int, int, int]:
-    """(BLOCK_N, block of the summed channels, block of the made channels, warps) of a product over channels."""
+    """Of a product over channels: (BLOCK_N, block of the summed, of the made channels, warps)."""
     if dtype == torch.float64:
-        return 16, 16, 16, 4
+        most = 64 if INTERPRETED else 16
+        return fit(pixels, most), fit(summed, most), fit(made, most), 4
     if dtype == torch.float32:
         return fit(pixels, 64), 16, fit(made, 64), 8
     made = fit(made, widest)
@@ -139,9 +144,10 @@ def product_shape(
 def outer_product_shape(
     dtype: torch.dtype, pixels: int, columns: int, rows: int, channels_last: bool
 ) -> tuple[int, int, int, int]:
-    """(BLOCK_N, block of columns, block of rows, warps) of a product that sums over pixels."""
+    """Of a product over pixels: (BLOCK_N, block of columns, of rows, warps)."""
     if dtype == torch.float64:
-        return 16, 16, 16, 4
+        most = 64 if INTERPRETED else 16
+        return fit(pixels, most), fit(columns, most), fit(rows, most), 4
     if dtype == torch.float32:
         return 16, fit(columns, 64), fit(rows, 64), 8
     return fit(pixels, 64), fit(columns, 128 if channels_last else 64), fit(rows, 128), 8

@@ -1,8 +1,9 @@
 """Device functions shared by the Triton kernels of several operators.
 
-A tile is a block of pixels times a block of channels. channels_last maps are read as [pixels, channels],
-NCHW maps as [channels, pixels]: the axis that is contiguous in memory is always the tile's last. `along_pixels`
-and `along_channels` put a vector on its axis; everything after that is written once for both layouts.
+A tile is a block of pixels times a block of channels. channels_last maps are read as [pixels,
+channels], NCHW maps as [channels, pixels]: the axis that is dense in memory is the tile's last.
+`along_pixels` and `along_channels` put a vector on its axis; everything after that is written once
+for both layouts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from segkernels.ops import layouts
+
+INTERPRETED = tl.constexpr(layouts.INTERPRETED)
 
 
 @triton.jit
@@ -56,7 +59,7 @@ def pick(geometry, rate, FIELD: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def rounded(t, dtype: tl.constexpr):
-    """t in its storage type, to nearest even (the interpreter by itself truncates to bfloat16)."""
+    """t in its storage type, to nearest even (by itself the interpreter truncates bfloat16)."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = t.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -66,7 +69,9 @@ def rounded(t, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a·b without TF32. float64 has no matrix instruction everywhere; interpreted bfloat16 has none at all."""
+    """acc + a·b without TF32. Not every target multiplies float64 matrices, nor the interpreter
+    bfloat16 ones.
+    """
     if acc.dtype == tl.float64:
         return acc + tl.sum(a[:, :, None] * b[None, :, :], axis=1)
     elif INTERPRETED:
@@ -77,7 +82,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def matmul(t, weight, acc, CHANNELS_LAST: tl.constexpr):
-    """acc + the product of a tile of a map with a matrix over its channels, [BLOCK_N, ·] or [·, BLOCK_N]."""
+    """acc + the product of a tile of a map with a matrix over its channels."""
     if CHANNELS_LAST:
         return dot(t, weight, acc)
     else:
@@ -96,7 +101,7 @@ def weight_tile(v, k, m, stride_k, stride_m, K, M, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def affine(t, center, scale, shift, c, in_c):
-    """(t − center)·scale + shift per channel; c, in_c lie on the tile's channel axis, a None is left out."""
+    """(t − center)·scale + shift per channel; c and in_c lie on its axis, a None drops out."""
     if center is not None:
         t -= tl.load(center + c, mask=in_c, other=0.0)
     if scale is not None:
@@ -128,7 +133,7 @@ def activation_backward(g, t, ACT: tl.constexpr):
 
 @triton.jit
 def store_moments(mean, m2, index, t, live, count, in_c, CHANNELS_LAST: tl.constexpr):
-    """The tile's mean and Σ(t − mean)² per channel, the parts of Chan, Golub and LeVeque's merge (1983)."""
+    """The tile's mean and Σ(t − mean)² per channel (Chan, Golub and LeVeque, 1983)."""
     center = sum_pixels(tl.where(live, t, 0.0), CHANNELS_LAST) / count
     away = tl.where(live, t - along_channels(center, CHANNELS_LAST), 0.0)
     tl.store(mean + index, center, mask=in_c)
@@ -137,7 +142,7 @@ def store_moments(mean, m2, index, t, live, count, in_c, CHANNELS_LAST: tl.const
 
 @triton.jit
 def aligned(stride, ALIGN: tl.constexpr):
-    """A multiple of ALIGN that the compiler knows to be one (of itself it looks for 16 only: not 728)."""
+    """A multiple of ALIGN that the compiler knows to be one (by itself it sees 16 only)."""
     return stride // ALIGN * ALIGN
 
 
@@ -165,29 +170,32 @@ def depthwise_tile(
     KH: tl.constexpr,
     KW: tl.constexpr,
 ):
-    """acc + Σ_ab w[a,b,c]·x[c, i·s + a·r − p, j·s + b·r − p]; a tap row outside the map costs nothing."""
+    """acc + Σ_ab w[a,b,c]·x[c, i·s + a·r − p, j·s + b·r − p]; tap rows off the map are skipped."""
+    pad_h, pad_w = pick(geometry, rate, 0, R), pick(geometry, rate, 1, R)
+    dilation_h, dilation_w = pick(geometry, rate, 2, R), pick(geometry, rate, 3, R)
     for a in tl.static_range(KH):
-        down = a * pick(geometry, rate, 2, R) - pick(geometry, rate, 0, R)
+        down = a * dilation_h - pad_h
         if (last_row * stride_h + down >= 0) & (first_row * stride_h + down < H):
             row = i * stride_h + down
+            line = x + row.to(tl.int64) * stride_xh
+            on_row = live & (row >= 0) & (row < H)
             for b in tl.static_range(KW):
-                col = j * stride_w + (b * pick(geometry, rate, 3, R) - pick(geometry, rate, 1, R))
-                inside = live & (row >= 0) & (row < H) & (col >= 0) & (col < W)
-                offset = row.to(tl.int64) * stride_xh + col.to(tl.int64) * stride_xw
-                tap = tl.load(x + offset, mask=inside, other=0.0).to(acc.dtype)
-                acc += tap * tl.load(w + (a * KW + b) * C, mask=in_c, other=0.0).to(acc.dtype)
+                col = j * stride_w + (b * dilation_w - pad_w)
+                inside = on_row & (col >= 0) & (col < W)
+                tap = tl.load(line + col.to(tl.int64) * stride_xw, mask=inside, other=0.0)
+                weight = tl.load(w + (a * KW + b) * C, mask=in_c, other=0.0).to(acc.dtype)
+                acc += tap.to(acc.dtype) * weight
     return acc
 
 
 @triton.jit
 def depthwise_backward_row(
-    sums,  # (dx, dw of every tap), tiles in the accumulation type
+    sums,  # (dx, (dw of every tap)): tiles in the accumulation type
     x,  # the tile of x
     dy,  # pointers to the tile's channels of dy, this tap row's pixels of column 0
     w,  # pointers to the tile's channels of w, first tap
-    on_row,  # where this tap row meets dy, on the pixel axis
+    live,  # where this tap row meets dy
     j,
-    live,
     in_c,
     C,
     Wo,
@@ -201,25 +209,25 @@ def depthwise_backward_row(
     NEED_DX: tl.constexpr,
 ):
     """`sums` with the KW taps of row ROW added; rows are counted through all rates."""
-    dx = sums[0]
+    dx, before = sums
     dw = ()
     for t in tl.static_range(TAPS):
         if t // KW == ROW:
             at = j + pad - (t % KW) * dilation
             col = at // stride_w
-            inside = live & on_row & (at >= 0) & (col < Wo) & (col * stride_w == at)
+            inside = live & (at >= 0) & (col < Wo) & (col * stride_w == at)
             g = tl.load(dy + col.to(tl.int64) * stride_dyw, mask=inside, other=0.0).to(x.dtype)
             if NEED_DX:
                 dx += g * tl.load(w + t * C, mask=in_c, other=0.0).to(x.dtype)
-            dw = dw + (sums[1 + t] + x * g,)
+            dw += (before[t] + x * g,)
         else:
-            dw = dw + (sums[1 + t],)
-    return (dx,) + dw
+            dw += (before[t],)
+    return dx, dw
 
 
 @triton.jit
 def depthwise_backward_tile(
-    sums,  # (dx, dw of every tap), tiles in the accumulation type
+    sums,  # (dx, (dw of every tap)): tiles in the accumulation type
     x,  # the tile of x
     dy,  # pointers to the tile's channels of dy, first rate, first pixel
     w,  # pointers to the tile's channels of w, first tap
@@ -257,9 +265,8 @@ def depthwise_backward_tile(
                     x,
                     dy + (row.to(tl.int64) * stride_dyh + rate * stride_dyr),
                     w,
-                    (i + up >= 0) & (row < Ho) & (row * stride_h == i + up),
+                    live & (i + up >= 0) & (row < Ho) & (row * stride_h == i + up),
                     j,
-                    live,
                     in_c,
                     C,
                     Wo,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from segkernels.nn import DepthwiseConv2d, SeparableConv2d, pair
 from tests.nn.composition import agree, close, composed, plain, scramble
@@ -135,6 +136,37 @@ def test_autocast(training: bool) -> None:
     got.float().sum().backward()
     assert layer.inner_norm.running_mean.dtype == torch.float32
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_model(dtype: torch.dtype) -> None:
+    layer = make().to(dtype)
+    other = composed(layer)
+    tolerance = 30 * torch.finfo(dtype).eps
+    for _ in range(2):  # training, then eval
+        close(layer(image().to(dtype)), other(image().to(dtype)), tolerance)
+        for a, b in zip(layer.buffers(), other.buffers(), strict=True):
+            assert a.dtype == b.dtype
+            close(a, b, tolerance)
+        layer.eval(), other.eval()
+
+
+def test_activation_checkpointing() -> None:
+    layer = make()
+    other = copy.deepcopy(layer)
+    a, b = image().requires_grad_(), image().requires_grad_()
+    checkpoint(layer, a, use_reentrant=False).sum().backward()
+    other(b).sum().backward()
+    close(a.grad, b.grad, 1e-15)
+
+
+@pytest.mark.compile
+def test_exports_with_any_size() -> None:
+    layer = make().eval()
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(layer, (image(),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    x = torch.randn(3, 6, 17, 23, dtype=torch.float64)
+    close(program.module()(x), layer(x), 1e-15)
 
 
 @pytest.mark.compile

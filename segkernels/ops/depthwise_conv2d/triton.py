@@ -1,8 +1,9 @@
-"""Triton kernels of depthwise_conv2d: y = w ⊛ x + b for R rates over one input, and its backward.
+"""The Triton backend of depthwise_conv2d: y = w ⊛ x + b for R rates over one x, and its backward.
 
-Forward: a program makes one tile of one rate's output; the rates are neighbours in the grid, so that they meet
-in the cache over one reading of x. Backward: a program walks a few tiles of dx; the taps of dy that make dx also make
-its share of dw and db, which stays in registers until the end. The shares are summed in a fixed order.
+Forward: a program makes one tile of one rate's output; the rates are neighbours in the grid, so
+that they meet in the cache over one reading of x. Backward: a program walks a few tiles of dx; the
+taps of dy that make dx also make its share of dw and db, which stays in registers until the end.
+The shares are summed in a fixed order.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def depthwise_conv2d_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Tile t of a sample is the t-th block of its input pixels (dx, dw) and of its output pixels (db)."""
+    """Tile t of a sample is the t-th block of its input pixels, and of its output pixels for db."""
     if CHANNELS_LAST:
         C, stride_dxn = aligned(C, ALIGN), aligned(stride_dxn, ALIGN)
         stride_xh, stride_xw = aligned(stride_xh, ALIGN), aligned(stride_xw, ALIGN)
@@ -153,9 +154,9 @@ def depthwise_conv2d_backward_kernel(
     sums_w = ()
     sums_b = ()
     for _ in tl.static_range(R * KH * KW):
-        sums_w = sums_w + (zero,)
+        sums_w += (zero,)
     for _ in tl.static_range(R):
-        sums_b = sums_b + (zero,)
+        sums_b += (zero,)
 
     for tile in range(first, tl.minimum(first + walk, tile_count)):
         start = tile * BLOCK_N
@@ -165,7 +166,7 @@ def depthwise_conv2d_backward_kernel(
         j = n % W
         at = i.to(tl.int64) * stride_xh + j.to(tl.int64) * stride_xw
         sums = tiles.depthwise_backward_tile(
-            (zero,) + sums_w,
+            (zero, sums_w),
             tl.load(x + at, mask=live, other=0.0).to(ACC) if dw is not None else zero,
             dy,
             w + c,
@@ -192,14 +193,14 @@ def depthwise_conv2d_backward_kernel(
         if dx is not None:
             at = sample * stride_dxb + c.to(tl.int64) * stride_dxc + n.to(tl.int64) * stride_dxn
             tl.store(dx + at, tiles.rounded(sums[0], dx.dtype.element_ty), mask=live)
-        sums_w = sums[1:]
+        sums_w = sums[1]
         if db is not None:
             live = (n < Ho * Wo) & in_c
             at = (n // Wo).to(tl.int64) * stride_dyh + (n % Wo).to(tl.int64) * stride_dyw
             more_b = ()
             for rate in tl.static_range(R):
                 g = tl.load(dy + (at + rate * stride_dyr), mask=live, other=0.0)
-                more_b = more_b + (sums_b[rate] + g.to(ACC),)
+                more_b += (sums_b[rate] + g.to(ACC),)
             sums_b = more_b
 
     if dw is not None:

@@ -1,7 +1,7 @@
-"""The Triton backend of separable_conv2d: y = φ₂(γ₂·N₂(v·φ₁(γ₁·N₁(w ⊛ x) + β₁)) + β₂), and its backward.
+"""The Triton backend of separable_conv2d: y = φ₂(γ₂·N₂(v·φ₁(γ₁·N₁(w ⊛ x) + β₁)) + β₂).
 
-Without N₁ one kernel goes from x to o; with it, d and its moments are made first. The backward makes d again from x; neither
-d nor h is ever saved.
+Without N₁ one kernel goes from x to o; with it, d and its moments are made first. The backward
+makes d again from x: neither d nor h is ever saved.
 """
 
 from __future__ import annotations
@@ -84,83 +84,104 @@ def separable_conv2d_backward(
     dilation: list[int],
     need: list[int],
 ) -> tuple[torch.Tensor, ...]:  # dx, dw, dv, dgamma1, dbeta1, dgamma2, dbeta2
-    need_dx, need_dw, need_dv, need_dgamma1, need_dbeta1, need_dgamma2, need_dbeta2 = need
-    R, D, C = v.shape
-    last = layouts.is_channels_last(x)
-    acc = accumulation_dtype(x.dtype)
-    count = dy.size(0) * dy.size(2) * dy.size(3)
-
-    def wanted(needed: int, gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return x.new_empty(0, dtype=dtype) if not needed or gradient is None else gradient.to(dtype)
-
-    # through φ₂ and N₂: g is do where N₂ standardises, do/γ₂ where it does not
-    g = dy = layouts.pixel_map(dy, last)
-    dgamma2 = dbeta2 = None
-    if eps2 is not None and o is not None:
-        t, stage = layouts.pixel_map(o, last), layouts.normaliser(gamma2, beta2, mean2, var2, eps2)
-        sums = normalise_backward(dy, t, stage, act2, sums=2)
-        dgamma2, dbeta2 = sums[1] * (var2 + eps2).rsqrt(), sums[0]
-        g = layouts.empty_map(x, R * D, dy.shape[2:])
-        means = layouts.standardised_means(sums, var2, eps2, count)
-        normalise_backward(dy, t, stage, act2, out=g, means=means)
-    elif act2 != "none" or need_dbeta2:
-        t = None if y is None else layouts.pixel_map(y, last)
-        if act2 != "none":
-            g = layouts.empty_map(x, R * D, dy.shape[2:])
-        out = None if g is dy else g
-        dbeta2 = next(
-            iter(
-                normalise_backward(
-                    dy, t, (None, None, None), act2, out=out, sums=1 if need_dbeta2 else 0
-                )
-            ),
-            None,
-        )
-
-    # through v
-    folded = gamma2 if eps2 is None else None
-    inner = layouts.normaliser(gamma1, beta1, mean1, var1, eps1)
+    R, D, _ = v.shape
+    wide = accumulation_dtype(x.dtype)
+    window = (stride, padding, dilation)
     dv = dgamma1 = dbeta1 = None
-    dx = dw = x.new_empty(0)
-    need_inner = need_dx or need_dw or need_dgamma1 or need_dbeta1
-    need_m = need_dv or (need_dgamma2 and eps2 is None)
-    if need_inner or need_m:
-        d = DEPTHWISE.raw("triton")(x, w, None, stride, padding, dilation)
-    if need_m:
-        m = weight_backward(g, d, inner, act1, R)
-        dv = m if folded is None else m * folded.view(R, D, 1)
+    g, dgamma2, dbeta2 = outer_backward(
+        dy, x, y, o, R * D, (gamma2, beta2, mean2, var2, eps2), act2, need[6]
+    )
+    folded = None if gamma2 is None or eps2 is not None else gamma2.view(R, D, 1)
+    inner = layouts.normaliser(gamma1, beta1, mean1, var1, eps1)
+    need_m = need[2] or (need[5] and eps2 is None)
+    d = DEPTHWISE.raw("triton")(x, w, None, *window) if need_m or any(need[:5]) else None
+    if d is not None and need_m:
+        m = weight_backward(g, d, inner, act1, R)  # d(loss)/dv = γ₂·gᵀ·h, dγ₂ = Σ v·gᵀ·h
+        dv = m if folded is None else m * folded
         if eps2 is None:
-            dgamma2 = (v.to(acc) * m).sum(2).flatten()
-
-    # through φ₁, N₁ and w
-    if need_inner:
-        scaled_v = v if folded is None else (v * folded.view(R, D, 1)).to(v.dtype)
-        dd, sums = pointwise_backward(
-            g,
-            scaled_v,
-            d,
-            inner,
-            act1,
-            scaled=eps1 is None and gamma1 is not None,
-            write=bool(need_dx or need_dw),
-            sums=bool(need_dgamma1 or need_dbeta1 or eps1 is not None),
+            dgamma2 = (v.to(wide) * m).sum(2).flatten()
+    dd = None
+    if d is not None and (need[0] or need[1] or need[3] or need[4]):
+        dd, dgamma1, dbeta1 = inner_backward(
+            g, v if folded is None else (v * folded).to(v.dtype), d, inner, var1, act1, eps1, need
         )
-        if sums:
-            dbeta1 = sums[0]
-            dgamma1 = sums[1] if eps1 is None else sums[1] * (var1 + eps1).rsqrt()
-        if dd is not None:
-            if eps1 is not None:
-                means = layouts.standardised_means(sums, var1, eps1, count)
-                normalise_backward(dd, d, inner, "none", out=dd, means=means)
-            dx, dw, _ = DEPTHWISE.raw("triton", backward=True)(
-                dd, x, w, stride, padding, dilation, [need_dx, need_dw, 0]
-            )
+    dx, dw, _ = (
+        (x.new_empty(0), x.new_empty(0), None)
+        if dd is None
+        else DEPTHWISE.raw("triton", backward=True)(dd, x, w, *window, [need[0], need[1], 0])
+    )
+
+    def wanted(which: int, gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        if need[which] and gradient is not None:
+            return gradient.to(dtype)
+        return x.new_empty(0, dtype=dtype)
+
     return (
         dx,
         dw,
-        wanted(need_dv, dv, v.dtype),
-        wanted(need_dgamma1, dgamma1, acc),
-        wanted(need_dbeta1, dbeta1, acc),
-        wanted(need_dgamma2, dgamma2, acc),
-        wanted(need_dbeta2, dbeta2, acc),
+        wanted(2, dv, v.dtype),
+        wanted(3, dgamma1, wide),
+        wanted(4, dbeta1, wide),
+        wanted(5, dgamma2, wide),
+        wanted(6, dbeta2, wide),
     )
+
+
+def outer_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    o: torch.Tensor | None,
+    channels: int,
+    stage: tuple[
+        torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, float | None
+    ],  # gamma2, beta2, mean2, var2, eps2
+    act: str,
+    need_dbeta: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """g, dgamma2, dbeta2: g is the gradient of o, but without γ₂ (and dgamma2) if not N₂."""
+    last = layouts.is_channels_last(x)
+    dy = layouts.pixel_map(dy, last)
+    var, eps = stage[3:]
+    if eps is not None and o is not None:
+        o, affine = layouts.pixel_map(o, last), layouts.normaliser(*stage)
+        sums = normalise_backward(dy, o, affine, act, sums=2)
+        means = layouts.standardised_means(sums, var, eps, dy.numel() // dy.size(1))
+        g = layouts.empty_map(x, channels, dy.shape[2:])
+        normalise_backward(dy, o, affine, act, out=g, means=means)
+        return g, sums[1] * (var + eps).rsqrt(), sums[0]
+    if act == "none" and not need_dbeta:
+        return dy, None, None
+    y = None if y is None else layouts.pixel_map(y, last)
+    made = None if act == "none" else layouts.empty_map(x, channels, dy.shape[2:])
+    (dbeta,) = normalise_backward(dy, y, (None, None, None), act, out=made, sums=1)
+    return dy if made is None else made, None, dbeta
+
+
+def inner_backward(
+    g: torch.Tensor,
+    v: torch.Tensor,
+    d: torch.Tensor,
+    inner: layouts.Normaliser,
+    var: torch.Tensor,
+    act: str,
+    eps: float | None,
+    need: list[int],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dd, dgamma1, dbeta1."""
+    dd, sums = pointwise_backward(
+        g,
+        v,
+        d,
+        inner,
+        act,
+        scaled=eps is None,
+        write=bool(need[0] or need[1]),
+        sums=bool(need[3] or need[4]) or eps is not None,
+    )
+    if eps is None:
+        return dd, sums[1] if sums else None, sums[0] if sums else None
+    if dd is not None:
+        means = layouts.standardised_means(sums, var, eps, d.numel() // d.size(1))
+        normalise_backward(dd, d, inner, "none", out=dd, means=means)
+    return dd, sums[1] * (var + eps).rsqrt(), sums[0]

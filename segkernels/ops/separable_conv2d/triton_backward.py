@@ -1,4 +1,4 @@
-"""Triton kernels of separable_conv2d's backward, and what launches each. h is made from d on every load."""
+"""Triton kernels of separable_conv2d's backward, what launches each; h is made on load."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def separable_conv2d_normalise_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """g = dy·φ'(affine(t)) with each tile's Σ g and Σ g·(t − center); or, these known, the stage's input gradient.
+    """g = dy·φ'(affine(t)), and each tile's Σ g and Σ g·(t − center) for the parameters' gradients.
 
-    With mean_g = Σ g/n and mean_gt = Σ g·(t − center)/(n·(var + eps)): scale·(g − mean_g − (t − center)·mean_gt).
+    These known, the gradient of a standardised stage's input is scale·(g − mean_g − (t − center)·
+    mean_gt), with mean_g = Σ g/n and mean_gt = Σ g·(t − center)/(n·(var + eps)).
     """
     if CHANNELS_LAST:
         C, stride_dyn = aligned(C, ALIGN), aligned(stride_dyn, ALIGN)
@@ -111,7 +112,7 @@ def separable_conv2d_pointwise_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out = (g·v)·φ'(affine(d)), times scale where SCALED, with each tile's sums as in the normalise backward."""
+    """out = (g·v)·φ'(affine(d)), times scale where SCALED; sums as in normalise_backward."""
     if CHANNELS_LAST:
         C, D = aligned(C, ALIGN), aligned(D, ALIGN)
         stride_gn, stride_dn = aligned(stride_gn, ALIGN), aligned(stride_dn, ALIGN)

@@ -1,7 +1,7 @@
 """Triton kernels of separable_conv2d's forward, and what launches each.
 
-Every stage reads (t − center)·scale + shift on load: center = mean and scale = γ/√(var + eps) where the stage is standardised
-by the batch's moments, else no center and scale = γ.
+Every stage reads (t − center)·scale + shift on load: center = mean and scale = γ/√(var + eps) where
+the stage is standardised by the batch's moments, else no center and scale = γ.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def separable_conv2d_pointwise_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """o = v·φ₁(affine(d)), with d made tile by tile from x or read; then the outer affine and φ₂, or o's moments."""
+    """o = v·φ₁(affine(d)), d made from x or read; then the outer affine and φ₂, or o's moments."""
     if CHANNELS_LAST:
         C, stride_xb = aligned(C, ALIGN), aligned(stride_xb, ALIGN)
         stride_xh, stride_xw = aligned(stride_xh, ALIGN), aligned(stride_xw, ALIGN)
@@ -213,7 +213,7 @@ def separable_conv2d_moments_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean = Σ nₜ·meanₜ/n, var = Σ (M2ₜ + nₜ(meanₜ − mean)²)/n over all tiles, in one fixed order."""
+    """mean = Σ nₜ·meanₜ/n, var = Σ (M2ₜ + nₜ(meanₜ − mean)²)/n over the tiles, in a fixed order."""
     tile_count = tl.cdiv(N, TILE)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.cast(B, ACC) * tl.cast(N, ACC)

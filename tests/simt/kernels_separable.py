@@ -1,0 +1,196 @@
+"""separable_conv2d's CUDA kernels, forward and backward, on the executor. Run by test_simt.py under the sanitizers."""
+
+import pytest
+import torch
+
+from tests.simt import law
+from tests.simt.executor import ops
+from tests.simt.kernels_depthwise import LAYOUTS, cotangent
+
+# B, C, D, H, W, kernel, stride, rates
+CASES = {
+    "vectors": (2, 16, 24, 7, 9, (3, 3), 1, [(1, 1)]),
+    "odd channels": (1, 5, 7, 6, 5, (3, 3), 1, [(2, 1)]),
+    "several rates": (1, 8, 16, 9, 7, (3, 3), 1, [(1, 1), (2, 3), (9, 2)]),
+    "many channels": (1, 72, 136, 3, 5, (3, 3), 1, [(1, 1)]),
+    "stride 2, 5x5": (1, 8, 8, 9, 8, (5, 5), 2, [(1, 1)]),
+    "several tiles of pixels": (2, 8, 8, 11, 13, (1, 3), 1, [(1, 1)]),
+}
+# gamma, beta, activation, eps, inner and outer
+MODES = {
+    "plain": ((False, "none", None), (False, "none", None)),
+    "folded": ((True, "relu", None), (True, "relu6", None)),
+    "training": ((True, "relu", 1e-5), (True, "relu", 1e-3)),
+    "inner training": ((False, "none", 1e-5), (True, "relu", None)),
+    "outer training": ((True, "relu6", None), (False, "none", 1e-5)),
+}
+
+
+def inputs(case, mode, dtype, layout):
+    B, C, D, H, W, (kh, kw), s, rates = CASES[case]
+    g = torch.Generator().manual_seed(0)
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g) * scale).to(dtype)
+
+    R = len(rates)
+    x = draw(B, C, H, W).to(memory_format=memory)
+    w, v = draw(R, C, kh, kw, scale=0.5), draw(R, D, C, scale=C**-0.5)
+    affine = [
+        (draw(R * n).to(law.accumulation(dtype)) + off) if present else None
+        for (present, _, _), n in zip(MODES[mode], (C, D), strict=True)
+        for off in (1.5, 0.25)
+    ]
+    padding = [r * (k - 1) // 2 for pair in rates for r, k in zip(pair, (kh, kw), strict=True)]
+    return [x, w, v, *affine], [[s, s], padding, [r for pair in rates for r in pair]]
+
+
+ACTIVATIONS = {"none": lambda a: a, "relu": torch.relu, "relu6": lambda a: a.clamp(0, 6)}
+
+
+def reference(x, w, v, gamma1, beta1, gamma2, beta2, mode, geometry, moments=None):
+    """y by the equations, in the inputs' type; `moments` receives mean and variance."""
+
+    def affine(a, gamma, beta, act, eps):
+        shape = (1, -1, 1, 1)
+        wide = a.to(law.accumulation(a.dtype))
+        if eps is not None:
+            var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+            if moments is not None:
+                moments.append((mean, var))
+            wide = (wide - mean.view(shape)) / (var.view(shape) + eps).sqrt()
+        if gamma is not None:
+            wide = wide * gamma.view(shape)
+        if beta is not None:
+            wide = wide + beta.view(shape)
+        return ACTIVATIONS[act](wide).to(a.dtype)
+
+    (_, act1, eps1), (_, act2, eps2) = MODES[mode]
+    R, D, C = v.shape
+    d = law.depthwise(x, w, None, *geometry)
+    h = affine(d, gamma1, beta1, act1, eps1)
+    o = torch.cat([torch.nn.functional.conv2d(h[:, r * C : (r + 1) * C], v[r, :, :, None, None]) for r in range(R)], 1)
+    return affine(o, gamma2, beta2, act2, eps2)
+
+
+def widen(tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def gradients(tensors, mode, geometry, dy):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y = reference(*leaves, mode, geometry)
+    wanted = [t for t in leaves if t is not None]
+    grads = iter(torch.autograd.grad(y, wanted, dy))
+    return y.detach(), [None if t is None else next(grads) for t in leaves]
+
+
+def kernels(tensors, mode, geometry, dy, need=None):
+    (_, act1, eps1), (_, act2, eps2) = MODES[mode]
+    x, w, v, *affine = tensors
+    y, o, *moments = ops().separable_conv2d(x, w, v, *affine, act1, act2, eps1, eps2, *geometry)
+    saved_y = y if eps2 is None and act2 != "none" else None
+    saved_o = o if eps2 is not None else None
+    need = need or [int(t is not None) for t in tensors]
+    grads = ops().separable_conv2d_backward(
+        dy, x, saved_y, saved_o, w, v, *affine, *moments, act1, act2, eps1, eps2, *geometry, need
+    )
+    assert o.shape == (y.shape if eps2 is not None else (0,))
+    return y, moments, grads, need
+
+
+def relative(got, truth):
+    return ((got.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def compare(tensors, mode, geometry, dy, need=None):
+    """As near the truth as the equations computed in the same type, up to a budget from the reduction's length."""
+    dtype = tensors[0].dtype
+    pixels = dy.numel() // max(dy.shape[1], 1)
+    budget = 4 * torch.finfo(dtype).eps + pixels**0.5 * torch.finfo(law.accumulation(dtype)).eps
+    y, moments, grads, need = kernels(tensors, mode, geometry, dy, need)
+    truth, truths = gradients(widen(tensors), mode, geometry, dy.double())
+    same, sames = gradients(tensors, mode, geometry, dy)
+    names = ("dx", "dw", "dv", "dgamma1", "dbeta1", "dgamma2", "dbeta2")
+    for name, got, true, ours in zip(("y", *names), (y, *grads), (truth, *truths), (same, *sames), strict=True):
+        if name != "y" and not need[names.index(name)]:
+            assert got.shape == (0,), name
+            continue
+        assert got.shape == true.shape, (name, got.shape, true.shape)
+        assert got.dtype == ours.dtype, name
+        error, allowed = relative(got, true), 2 * relative(ours, true) + budget
+        assert error <= allowed, f"{name}: relative error {error:.3g}, {allowed:.3g} allowed"
+    expected = []
+    reference(*widen(tensors), mode, geometry, moments=expected)
+    for i, (_, _, eps) in enumerate(MODES[mode]):
+        if eps is None:
+            assert moments[2 * i].shape == moments[2 * i + 1].shape == (0,)
+            continue
+        mean, var = expected.pop(0)
+        assert ((moments[2 * i].double() - mean).abs() <= 8 * torch.finfo(dtype).eps * (mean.abs() + var.sqrt())).all()
+        assert ((moments[2 * i + 1].double() - var).abs() <= 16 * torch.finfo(dtype).eps * var.max()).all()
+    return y, grads
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", law.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(case, mode, dtype, layout):
+    if dtype == torch.float16 and mode not in ("folded", "training"):
+        pytest.skip("float16 runs the same code as bfloat16")
+    tensors, geometry = inputs(case, mode, dtype, layout)
+    dy = cotangent(reference(*tensors, mode, geometry).shape, dtype, layout)
+    y, grads = compare(tensors, mode, geometry, dy)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert grads[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("wanted", range(7))
+@pytest.mark.parametrize("mode", ["folded", "training"])
+def test_only_what_is_needed(mode, wanted):
+    tensors, geometry = inputs("odd channels", mode, torch.float32, "channels_last")
+    dy = cotangent(reference(*tensors, mode, geometry).shape, torch.float32, "channels_last")
+    compare(tensors, mode, geometry, dy, [int(i == wanted) for i in range(7)])
+
+
+@pytest.mark.parametrize("mode", ["plain", "folded", "training"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout, mode):
+    (x, *others), geometry = inputs("vectors", mode, torch.bfloat16, layout)
+    B, C, H, W = x.shape
+    shape = reference(x, *others, mode, geometry).shape
+    dense = cotangent(shape, torch.bfloat16, "nchw")
+    room = torch.full((B, C + 8, H, W + 1), float("nan"), dtype=x.dtype)
+    if layout == "channels_last":
+        room = room.to(memory_format=torch.channels_last)
+    for view, dy in (
+        (x, dense.transpose(2, 3).contiguous().transpose(2, 3)),
+        (room[:, 8:, :, :W].copy_(x), dense[..., :1].expand(shape)),
+        (room[:, 1 : C + 1, :, 1:].copy_(x), dense.to(memory_format=torch.channels_last)),
+    ):
+        compare([view, *others], mode, geometry, dy)
+
+
+@pytest.mark.parametrize("mode", ["folded", "training"])
+def test_thread_order_does_not_matter(mode, monkeypatch):
+    tensors, geometry = inputs("several rates", mode, torch.bfloat16, "channels_last")
+    dy = cotangent(reference(*tensors, mode, geometry).shape, torch.bfloat16, "channels_last")
+    runs = []
+    for seed in ("1", "2"):
+        monkeypatch.setenv("SEGKERNELS_SIMT_SEED", seed)
+        y, moments, grads, _ = kernels(tensors, mode, geometry, dy)
+        runs.append([y, *moments, *grads])
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["folded", "plain"])
+def test_empty_batch(mode):
+    (x, *others), geometry = inputs("vectors", mode, torch.float32, "channels_last")
+    tensors = [x[:0], *others]
+    dy = torch.empty(reference(*tensors, mode, geometry).shape)
+    y, _, grads, _ = kernels(tensors, mode, geometry, dy)
+    assert y.shape[0] == 0
+    assert all((g == 0).all() for g in grads)
