@@ -388,6 +388,18 @@ class TestInstalling:
         assert done.returncode == 0, done.stdout
         assert (source.parent / "site" / "segkernels" / "_native_cpu.so").exists()
 
+    @pytest.mark.skipif(find_compiler(os.environ) is None, reason="no C++ compiler")
+    def test_an_installed_package_compiles_itself_later(self, source, tree) -> None:
+        shutil.rmtree(source / "csrc")
+        shutil.copytree(tree.csrc, source / "csrc")
+        pip_install(source, source.parent / "site", {"SEGKERNELS_BUILD": "none"})
+        package = source.parent / "site" / "segkernels"
+        assert not list(package.glob("*.so"))
+        code = "from segkernels.build import main; raise SystemExit(main(['cpu']))"
+        assert run_without_front_door(code, package).returncode == 0
+        assert (package / "_native_cpu.so").exists()
+        assert not (package.parent / "build").exists()
+
     def test_a_request_that_cannot_be_met_fails(self, source, env) -> None:
         env = {"SEGKERNELS_BUILD": "cuda", "CUDA_HOME": env["CUDA_HOME"]}
         done = pip_install(source, source.parent / "site", env)
@@ -412,11 +424,13 @@ def pip_install(
 IGNORED = ("build", ".git", ".venv", "*.so", "runs", "*.egg-info", "__pycache__", "golden")
 
 
-def run_without_front_door(code: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_without_front_door(
+    code: str, package: Path = ROOT / "segkernels", check: bool = True
+) -> subprocess.CompletedProcess[str]:
     """Run code that may import the package's modules, as setup.py does: not its `__init__`."""
     door = (
-        "import sys, types; p = types.ModuleType('segkernels');"
-        f"p.__path__ = [{str(ROOT / 'segkernels')!r}]; sys.modules['segkernels'] = p\n"
+        "import sys, types; door = types.ModuleType('segkernels');"
+        f"door.__path__ = [{str(package)!r}]; sys.modules['segkernels'] = door\n"
     )
     command = [sys.executable, "-c", door + code]
     return subprocess.run(command, capture_output=True, text=True, check=check)
