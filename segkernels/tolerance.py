@@ -6,8 +6,8 @@ result and of its longest sum:
 
     error(fused) <= error(reference in T) + 2 eps(T) + 4 eps(accumulation type) sqrt(longest sum)
 
-with error(t) = max|t - truth| / max|truth|. A gradient whose true value is zero (a shift in front of a
-standardisation has none) is measured against the largest gradient of the call instead.
+with error(t) = max|t - truth| / max|truth|. A gradient whose true value is zero (a shift in front
+of a standardisation has none) is measured against the largest gradient of the call instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from segkernels.fused import accumulation_dtype
-
 
 VANISHING = 1e-10  # a share of the largest gradient that is nothing but float64's rounding
 
