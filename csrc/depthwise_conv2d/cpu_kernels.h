@@ -15,7 +15,7 @@ namespace {
 namespace SEGKERNELS_ISA {
 
 // Pixels of a register tile: sums (forward), sums and inputs (backward), a weight and one number read.
-constexpr int kForwardPixels = 4;
+constexpr int kForwardPixels = SEGKERNELS_VECTOR_BYTES == 64 ? 6 : 4;
 constexpr int kBackwardPixels = SEGKERNELS_VECTOR_BYTES == 64 ? 4 : 2;
 
 template <bool Partial, class T>
