@@ -44,21 +44,14 @@ struct RowSource {
   const std::vector<PlaneTap>* taps;
 };
 template <class A>
-struct RowSources {
-  std::vector<RowSource<A>> memory;
-  int64_t n = 0;
-
-  explicit RowSources(int64_t most) : memory(most) {}
-  void add(const A* row, const A* w, A* sums, const std::vector<PlaneTap>* taps) {
-    RowSource<A>& to = memory[n++];  // field by field: a copy of 32 bytes just written would stall
-    to.row = row;
-    to.w = w;
-    to.sums = sums;
-    to.taps = taps;
-  }
-  const RowSource<A>* begin() const { return memory.data(); }
-  const RowSource<A>* end() const { return memory.data() + n; }
-};
+SEGKERNELS_INLINE void add_row(std::vector<RowSource<A>>& rows, const A* row, const A* w, A* sums,
+                               const std::vector<PlaneTap>* taps) {
+  RowSource<A>& to = rows.emplace_back();  // field by field: a copy of 32 bytes just written would stall
+  to.row = row;
+  to.w = w;
+  to.sums = sums;
+  to.taps = taps;
+}
 
 template <class A, class T>
 void widen_row(const T* from, int64_t n, A* to) {
@@ -108,7 +101,7 @@ inline int64_t plane_size(int64_t H, int64_t W, int64_t s) { return s * H * ceil
 
 // V vectors from vector v0 on: y = bias + Σ_t w[t] · source_t, over the lanes that tap t reaches.
 template <int V, class A, class T>
-void sum_vectors(const RowSources<A>& rows, A bias, int64_t v0, const Mask* inside, T* y) {
+void sum_vectors(const std::vector<RowSource<A>>& rows, A bias, int64_t v0, const Mask* inside, T* y) {
   constexpr int64_t L = Vec<A>::lanes;
   Vec<A> acc[V];
 #pragma GCC unroll 8
@@ -135,7 +128,7 @@ void sum_vectors(const RowSources<A>& rows, A bias, int64_t v0, const Mask* insi
   }
 
 template <class A, class T>
-void sum_row(const Columns<A>& columns, const RowSources<A>& rows, A bias, T* y) {
+void sum_row(const Columns<A>& columns, const std::vector<RowSource<A>>& rows, A bias, T* y) {
   for (int64_t v0 = 0; v0 < columns.vectors; v0 += columns.block) {
 #define SEGKERNELS_SUM(V) sum_vectors<V>(rows, bias, v0, columns.masks.data(), y)
     SEGKERNELS_BY_VECTORS(std::min(columns.block, columns.vectors - v0), SEGKERNELS_SUM)
@@ -155,7 +148,7 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
   std::vector<Columns<A>> columns;
   for (int64_t rate = 0; rate < g.R; ++rate) columns.emplace_back(g.forward_columns(rate), g.R, W, s, part_size);
   std::vector<A> memory(plane_size(g.H(), g.W(), s));
-  RowSources<A> rows(g.kh());
+  std::vector<RowSource<A>> rows;
   A weights[kMaxKernel * kMaxKernel], shift = 0;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / g.C, c = item % g.C;
@@ -165,9 +158,9 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
       if (bias) widen_row<A>(bias + rate * g.C + c, 1, &shift);
       T* y_row = y + ((image * g.R + rate) * g.C + c) * H * W;
       for (int64_t h = 0; h < H; ++h, y_row += W) {
-        rows.n = 0;
+        rows.clear();
         for (const RowTap* tap = f.rows[rate].begin(h); tap != f.rows[rate].end(h); ++tap)
-          rows.add(plane.data + tap->row * plane.row, weights + tap->a * g.kw(), nullptr,
+          add_row<A>(rows, plane.data + tap->row * plane.row, weights + tap->a * g.kw(), nullptr,
                           &columns[rate].taps[rate]);
         sum_row(columns[rate], rows, shift, y_row);
       }
@@ -179,7 +172,7 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
 
 // V vectors of a row of dX, from vector v0 on, and their share of dW: sums[t] += x · dy_t, lane by lane.
 template <int V, class A>
-void backward_vectors(const RowSources<A>& rows, const A* x, int64_t v0, const Mask* inside, A* dx) {
+void backward_vectors(const std::vector<RowSource<A>>& rows, const A* x, int64_t v0, const Mask* inside, A* dx) {
   constexpr int64_t L = Vec<A>::lanes;
   Vec<A> xs[V], acc[V];
 #pragma GCC unroll 8
@@ -206,7 +199,7 @@ void backward_vectors(const RowSources<A>& rows, const A* x, int64_t v0, const M
 }
 
 template <class A>
-void backward_row(const Columns<A>& columns, const RowSources<A>& rows, const A* x, A* dx) {
+void backward_row(const Columns<A>& columns, const std::vector<RowSource<A>>& rows, const A* x, A* dx) {
   for (int64_t v0 = 0; v0 < columns.vectors; v0 += columns.block) {
 #define SEGKERNELS_BACKWARD(V) backward_vectors<V>(rows, x, v0, columns.masks.data(), dx)
     SEGKERNELS_BY_VECTORS(std::min(columns.block, columns.vectors - v0), SEGKERNELS_BACKWARD)
@@ -239,7 +232,7 @@ void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w,
   std::vector<A> x_memory(plane_size(H, W, s)), dy_memory(g.R * dy_size), line(W), parts(s * part_size);
   std::vector<A> weights(g.R * n_taps), sums(g.R * n_taps * L);
   std::vector<Plane<A>> dys(g.R);
-  RowSources<A> rows(g.R * g.kh());
+  std::vector<RowSource<A>> rows;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / g.C, c = item % g.C;
     Plane<A> plane{};
@@ -254,11 +247,11 @@ void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w,
     for (int64_t h = 0; (dx || dw) && h < H; ++h) {
       T* dx_row = dx ? dx + ((image * g.C + c) * H + h) * W : nullptr;
       for (int64_t part = 0; part < s; ++part) {
-        rows.n = 0;
+        rows.clear();
         for (const RowTap* tap = f.rows.begin(h); tap != f.rows.end(h); ++tap) {
           const Plane<A>& source = dys[tap->rate];
           const int64_t weight = tap->rate * n_taps + tap->a * g.kw();
-          rows.add(source.data + tap->row * source.row, weights.data() + weight, sums.data() + weight * L,
+          add_row(rows, source.data + tap->row * source.row, weights.data() + weight, sums.data() + weight * L,
                           &columns[part].taps[tap->rate]);
         }
         A* to = parts.data() + part * part_size;
