@@ -1,6 +1,7 @@
 // y[b, ρC + c] = bias[ρ, c] + Σ_ab w[ρ, c, a, b] · x[b, c] at (h·s − p + a·r, w·s − p + b·r), and its gradients, on the CPU.
 
 #include "common/tensor.h"
+#include "depthwise_conv2d/cpu.h"
 #include "depthwise_conv2d/plan.h"
 
 #define SEGKERNELS_KERNELS "depthwise_conv2d/cpu_kernels.h"
@@ -8,16 +9,6 @@
 
 namespace segkernels {
 namespace {
-
-// w [R, C, k_h·k_w] as [R·k_h·k_w, C], so that a tap's weights are consecutive channels.
-template <class T>
-std::vector<T> pack_weights(const T* w, int64_t R, int64_t C, int64_t taps) {
-  std::vector<T> packed(R * C * taps);
-  for (int64_t rate = 0; rate < R; ++rate)
-    for (int64_t t = 0; t < taps; ++t)
-      for (int64_t c = 0; c < C; ++c) packed[(rate * taps + t) * C + c] = w[(rate * C + c) * taps + t];
-  return packed;
-}
 
 Tensor depthwise_conv2d(Tensor x, Tensor w, std::optional<Tensor> b, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, std::vector<int64_t> dilation) {
@@ -40,7 +31,7 @@ Tensor depthwise_conv2d(Tensor x, Tensor w, std::optional<Tensor> b, std::vector
     const T *x_data = const_data<T>(x), *w_data = const_data<T>(w), *bias = b ? const_data<T>(*b) : nullptr;
     T* y_data = mutable_data<T>(y);
     if (channels_last) {
-      const std::vector<T> packed = pack_weights(w_data, g.R, g.C, g.taps());
+      const std::vector<T> packed = pack_depthwise_weights(w_data, g.R, g.C, g.taps());
       const int64_t items = g.B * g.slabs(f.slab) * g.H_out();
       parallel_for(items, g.W_out() * std::min(f.slab, g.C) * g.R * g.taps(), [&](int64_t first, int64_t last) {
         SEGKERNELS_BY_ISA(simd::forward_channels_last(f, x_data, packed.data(), bias, y_data, first, last))
@@ -60,7 +51,7 @@ void backward_channels_last(const BackwardPlan& f, const T* x, const T* dy, cons
   using A = acc_t<T>;
   const Geometry& g = f.geometry;
   const int64_t n_slabs = g.slabs(f.slab), n_rows = g.R * (g.taps() + 1);
-  const std::vector<T> packed = pack_weights(w, g.R, g.C, g.taps());
+  const std::vector<T> packed = pack_depthwise_weights(w, g.R, g.C, g.taps());
   std::vector<A> sums(dw || db ? f.parts * n_rows * f.padded_C : 0);
   const auto bound = [&](int64_t n, int64_t part) { return g.B * n * part / f.parts; };
 
@@ -96,6 +87,8 @@ void backward_nchw(const BackwardPlan& f, const T* x, const T* dy, const T* w, T
   SEGKERNELS_BY_ISA(if (dw) simd::add_images(dws, g.B, n_dw, dw); if (db) simd::add_images(dbs, g.B, n_db, db))
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dy, Tensor x, Tensor w, std::vector<int64_t> stride,
                                                              std::vector<int64_t> padding,
                                                              std::vector<int64_t> dilation, std::vector<int64_t> need) {
@@ -122,8 +115,6 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dy, Tensor x
   });
   return {dx, dw, db};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(segkernels, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));

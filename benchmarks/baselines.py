@@ -1,0 +1,135 @@
+"""What the kernels are measured against: each operator as a user of plain PyTorch writes it.
+
+A function carries the name and the arguments of the operator's public function. `FOLDED` holds, for
+inference, the algebraically better form where one exists: it prepares arguments once (as a deployed
+network would) and returns the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: Any = "same",
+    dilation: Any = 1,
+) -> Tensor:
+    """Grouped convolution, one group a channel; one convolution a rate, concatenated."""
+    if weight.dim() == 4:
+        weight, padding, dilation = weight[None], [padding], [dilation]
+        bias = None if bias is None else bias[None]
+    y = [
+        F.conv2d(
+            x,
+            weight[r],
+            None if bias is None else bias[r],
+            stride,
+            _pixels(padding if padding == "same" else padding[r], dilation[r], weight.shape[-2:]),
+            dilation[r],
+            groups=x.shape[1],
+        )
+        for r in range(len(weight))
+    ]
+    return y[0] if len(y) == 1 else torch.cat(y, dim=1)
+
+
+def separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: Any = "same",
+    dilation: Any = 1,
+    *,
+    inner_scale: Tensor | None = None,
+    inner_shift: Tensor | None = None,
+    inner_activation: str | None = None,
+    outer_scale: Tensor | None = None,
+    outer_shift: Tensor | None = None,
+    outer_activation: str | None = None,
+    inner_eps: float | None = None,
+    outer_eps: float | None = None,
+) -> Tensor:
+    """Depthwise convolution, batch norm, activation, 1x1 convolution, batch norm, activation."""
+    d = depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+    h = _activated(_affine(d, inner_scale, inner_shift, inner_eps), inner_activation)
+    if pointwise_weight.dim() == 4:
+        o = F.conv2d(h, pointwise_weight, pointwise_bias)
+    else:
+        rates = len(pointwise_weight)
+        biases = [None] * rates if pointwise_bias is None else list(pointwise_bias)
+        branches = h.chunk(rates, dim=1)
+        triples = zip(branches, pointwise_weight, biases, strict=True)
+        o = torch.cat([F.conv2d(b, v, bias) for b, v, bias in triples], dim=1)
+    return _activated(_affine(o, outer_scale, outer_shift, outer_eps), outer_activation)
+
+
+def _folded_separable(**arguments: Any) -> Callable[[], Tensor] | None:
+    """Inference with every scale folded into the weights and every shift into the biases."""
+    if arguments.get("inner_eps") is not None or arguments.get("outer_eps") is not None:
+        return None
+    if all(
+        arguments.get(f"{s}_{p}") is None for s in ("inner", "outer") for p in ("scale", "shift")
+    ):
+        return None
+    folded = dict(arguments)
+    for stage, kind in (("inner", "depthwise"), ("outer", "pointwise")):
+        weight, bias = arguments[f"{kind}_weight"], arguments.get(f"{kind}_bias")
+        scale, shift = folded.pop(f"{stage}_scale", None), folded.pop(f"{stage}_shift", None)
+        channels = weight.shape[:-3]
+        if scale is not None:
+            scale = scale.reshape(*channels).to(weight.dtype)
+            folded[f"{kind}_weight"] = weight * scale[..., None, None, None]
+            bias = None if bias is None else bias * scale
+        if shift is not None:
+            shift = shift.reshape(*channels).to(weight.dtype)
+            bias = shift if bias is None else bias + shift
+        folded[f"{kind}_bias"] = bias
+    return lambda: separable_conv2d(**folded)
+
+
+FOLDED: dict[str, Callable[..., Callable[[], Tensor] | None]] = {
+    "separable_conv2d": _folded_separable
+}
+
+
+def _pixels(padding: Any, dilation: int | Pair, kernel: Sequence[int]) -> Any:
+    """Padding in pixels; "same" is r(k-1)/2 (PyTorch's own word refuses a stride)."""
+    if padding != "same":
+        return padding
+    rates = (dilation, dilation) if isinstance(dilation, int) else dilation
+    return tuple(r * (k - 1) // 2 for r, k in zip(rates, kernel, strict=True))
+
+
+def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float | None) -> Tensor:
+    if eps is not None:
+        return F.batch_norm(x, None, None, scale, shift, training=True, eps=eps)
+    if scale is None and shift is None:
+        return x
+    like = shift if scale is None else scale
+    assert like is not None
+    mean, var = torch.zeros_like(like), torch.ones_like(like)
+    return F.batch_norm(x, mean, var, scale, shift, training=False, eps=0.0)
+
+
+def _activated(x: Tensor, activation: str | None) -> Tensor:
+    match activation:
+        case "relu":
+            return F.relu(x)
+        case "relu6":
+            return F.relu6(x)
+        case _:
+            return x

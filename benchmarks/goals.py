@@ -1,0 +1,90 @@
+"""What the kernels are held to, as data, and the verdicts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from benchmarks.measure import Row
+from benchmarks.work import EAGER
+
+EVERY = "*"  # any value: the worst of the rows decides
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A row (or, with "*", each of several rows) must be `ratio` times as fast as `against`."""
+
+    op: str
+    case: str
+    dtype: str
+    layout: str
+    mode: str
+    ratio: float
+    against: str = EAGER
+    device: str = "cpu"
+
+    def covers(self, op: str, case: str, dtype: str, layout: str, mode: str, device: str) -> bool:
+        asked = (self.op, self.case, self.dtype, self.layout, self.mode, self.device)
+        given = (op, case, dtype, layout, mode, device.split(":")[0])
+        return all(a in (EVERY, g) for a, g in zip(asked, given, strict=True))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one goal: "met", "missed", "wrong results" or "not measured"."""
+
+    goal: Goal
+    outcome: str
+    case: str = ""  # the row that decided
+    median: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    at_minimum: float = 0.0  # ratio of the fastest calls
+
+    def json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def _cpu_goals() -> Iterator[Goal]:
+    """Two cores, batch 1. "*" in a layout's line: no case may be slower than eager."""
+    last, depthwise, separable = "channels_last", "depthwise_conv2d", "separable_conv2d"
+    for case in ("c256_65_r12", "c256_65_r24", "c256_65_r36"):
+        yield Goal(depthwise, case, "float32", last, "forward", 7)
+        yield Goal(depthwise, case, "float32", last, "backward", 25)
+        yield Goal(depthwise, case, "bfloat16", last, "forward", 7)
+        yield Goal(depthwise, case, "bfloat16", last, "backward", 40)
+        yield Goal(separable, case, "float32", last, "forward", 2.5)
+        yield Goal(separable, case, "float32", last, "forward+backward", 3.5)
+    yield Goal(separable, "c256_65_r12_train", "float32", last, "forward+backward", 3.5)
+    yield Goal(depthwise, "c2048_33_r12", "float32", last, "forward", 6)
+    yield Goal(depthwise, "c2048_33_r12", "float32", last, "backward", 25)
+    for case in ("c256_65_r1", "c304_129_r1"):
+        yield Goal(depthwise, case, "float32", last, "forward", 1)
+        yield Goal(depthwise, case, "float32", last, "backward", 2)
+    for op in (depthwise, separable):
+        for dtype in ("float32", "bfloat16"):
+            yield Goal(op, EVERY, dtype, "nchw", "forward", 1)
+            yield Goal(op, EVERY, dtype, "nchw", "backward", 1)
+
+
+GOALS = tuple(_cpu_goals())
+
+
+def judge(rows: Sequence[Row], goals: Iterable[Goal] = GOALS) -> list[Verdict]:
+    """One verdict a goal; where a goal covers several rows, that of the worst."""
+    return [_verdict(goal, rows) for goal in goals]
+
+
+def _verdict(goal: Goal, rows: Sequence[Row]) -> Verdict:
+    covered = [r for r in rows if goal.covers(r.op, r.case, r.dtype, r.layout, r.mode, r.device)]
+    if not covered:
+        return Verdict(goal, "not measured")
+    for row in covered:
+        if not row.timed:
+            return Verdict(goal, "wrong results" if row.errors else "failed", row.case)
+    worst = min(covered, key=lambda r: r.ratios[goal.against]["median"])
+    ratio = worst.ratios[goal.against]
+    fastest = worst.seconds[goal.against]["minimum"] / worst.seconds["segkernels"]["minimum"]
+    outcome = "met" if ratio["median"] >= goal.ratio else "missed"
+    return Verdict(goal, outcome, worst.case, ratio["median"], ratio["low"], ratio["high"], fastest)

@@ -1,0 +1,160 @@
+"""One row: results checked against float64 first, then all ways timed in one interleaved run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks import work as ways_of
+from benchmarks.accuracy import accuracy
+from benchmarks.work import BEST, COMPILED, EAGER, OURS, Arguments, Work
+from segkernels import timing
+from segkernels.timing import Call, Run
+
+COPY = "copy"
+L2_BYTES = 180e6  # inputs beyond this many bytes between two uses leave no GPU's cache warm
+MAX_SETS = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and with what a row is measured."""
+
+    budget: float = 1.0
+    rounds: tuple[int, int] = (7, 400)
+    threads: int | None = None
+    compile: bool = True
+
+
+@dataclass
+class Row:
+    """One line of the report; seconds, ratios (way over ours), bytes and errors by way."""
+
+    op: str
+    case: str
+    dtype: str
+    layout: str
+    mode: str
+    backend: str
+    device: str
+    correct: bool
+    note: str = ""
+    clock: str = ""
+    rounds: int = 0
+    best_eager: str = ""
+    bytes: int = 0
+    flops: int = 0
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    ratios: dict[str, dict[str, float]] = field(default_factory=dict)
+    warm_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    saved: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    allowed_error: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.op, self.case, self.dtype, self.layout, self.mode, self.backend, self.device)
+
+    @property
+    def timed(self) -> bool:
+        return OURS in self.seconds
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that the least traffic of the work amounts to in our time."""
+        return self.bytes / self.seconds[OURS]["median"]
+
+    @property
+    def copy_share(self) -> float:
+        """Our bandwidth over that of a copy of the same bytes in the same run."""
+        return self.ratios[COPY]["median"]
+
+    def ratio(self, name: str) -> dict[str, float] | None:
+        return self.ratios.get(self.best_eager if name == "best eager" else name)
+
+
+def measure(work: Work, modes: tuple[str, ...], settings: Settings) -> Iterator[Row]:
+    """The rows of one work, one a mode; without times where its results are wrong."""
+    with timing.side_stream(work.device):
+        arguments = work.arguments()
+        compiled, note = _compiled(work, arguments) if settings.compile else (None, "")
+        ways = work.ways(arguments, True, compiled)
+        checked = accuracy(
+            ways, work.truth(arguments), work.yardstick(arguments), work.case.reduction
+        )
+        del ways
+        wrong = checked.wrong()
+        for mode in modes:
+            row = empty(work, mode)
+            row.errors, row.allowed_error = checked.of(mode), max(checked.allowed)
+            row.correct, row.note = wrong is None, wrong or note
+            if row.correct:
+                _fill(row, work, arguments, compiled, settings)
+            yield row
+
+
+def empty(work: Work, mode: str, note: str = "") -> Row:
+    """A row without numbers: its note says why, and it stays in the table."""
+    return Row(*work.key, mode, work.backend, work.device, correct=False, note=note)
+
+
+def _compiled(work: Work, arguments: Arguments) -> tuple[Any, str]:
+    """The compiled baseline after its first run, or None and why the compiler failed."""
+    compiled = work.compiled()
+    try:
+        way = work.ways(arguments, True, compiled)[COMPILED]
+        way.call("forward+backward", ways_of.cotangent(way.forward()))()
+    except Exception as error:  # whatever a compiler raises: our row must not depend on it
+        return None, f"torch.compile failed: {type(error).__name__}"
+    return compiled, ""
+
+
+def _fill(row: Row, work: Work, arguments: Arguments, compiled: Any, settings: Settings) -> None:
+    grad = row.mode != "forward"
+    row.flops, row.bytes = work.cost(row.mode)
+    sets = _set_count(row.bytes) if row.device.startswith("cuda") else 1
+    calls: dict[str, list[Call]] = {}
+    for number, inputs in enumerate(ways_of.input_sets(arguments, sets)):
+        ways = work.ways(inputs, grad, compiled)
+        dy = ways_of.cotangent(ways[EAGER].forward()) if grad else None
+        for name, way in ways.items():
+            calls.setdefault(name, []).append(way.call(row.mode, dy))
+        calls.setdefault(COPY, []).append(timing.copy_of(row.bytes, row.device))
+        if number == 0:
+            row.memory = {
+                name: asdict(timing.memory_of(call[0], row.device))
+                for name, call in calls.items()
+                if name in (OURS, EAGER)
+            }
+            if grad:
+                row.saved = {
+                    name: timing.saved_bytes(ways[name].forward, ways[name].parameters)
+                    for name in (OURS, EAGER)
+                }
+    options: dict[str, Any] = {
+        "device": row.device,
+        "threads": settings.threads,
+        "budget": settings.budget,
+        "rounds": settings.rounds,
+    }
+    run = timing.interleave(calls, **options)
+    _enter(row, run)
+    if sets > 1:
+        warm = timing.interleave({OURS: calls[OURS][0], EAGER: calls[EAGER][0]}, **options)
+        row.warm_seconds = {n: asdict(t.spread) for n, t in warm.timings.items()}
+
+
+def _enter(row: Row, run: Run) -> None:
+    row.clock, row.rounds = run.clock, len(run[OURS].samples)
+    row.seconds = {name: asdict(t.spread) for name, t in run.timings.items()}
+    row.ratios = {name: asdict(run.ratio(name, OURS)) for name in run.timings if name != OURS}
+    candidates = [name for name in BEST if name in run.timings]
+    row.best_eager = min(candidates, key=lambda name: run[name].median)
+
+
+def _set_count(nbytes: int) -> int:
+    """How many input sets it takes that none is found in the L2 cache when its turn comes again."""
+    return min(max(4, math.ceil(L2_BYTES / max(nbytes, 1))), MAX_SETS)

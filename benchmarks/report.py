@@ -1,0 +1,186 @@
+"""The report: one table of rows, on a screen, in Markdown, and as numbers in JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.goals import EVERY, Verdict
+from benchmarks.measure import Row
+from benchmarks.work import COMPILED, EAGER, OURS
+from segkernels.console import print_table
+
+SCHEMA = 1
+HEADER = (
+    "case", "dtype", "layout", "mode", "backend", "time ms", "× eager", "× best eager",
+    "× compile", "GB/s", "% copy", "extra MB ours/eager", "saved MB ours/eager", "error ours/eager",
+)  # fmt: skip
+GOAL_HEADER = ("goal", "mode", "needs", "has", "range", "at minimum", "verdict")
+NOTES = (
+    "time: median, with the range of the middle 60 % of rounds; ×: how many times longer the other",
+    "takes, median over pairs of one round; best eager: the fastest eager form in either memory",
+    "format, scales folded where that is possible; % copy: of the speed at which a copy moves, in",
+    "the same run, the least bytes that this work must move; extra: peak memory beyond inputs and",
+    "results; saved: kept for the backward, parameters excluded; error: largest error against",
+    "float64, relative to the largest value. No time stands beside a wrong result.",
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+    name = (row.case, row.dtype, row.layout, row.mode, row.backend)
+    error = _pair(row.errors, "{:.1e}".format)
+    if not row.timed:
+        return (*name, row.note or "not measured", *("",) * 7, error)
+    seconds = row.seconds[OURS]
+    low, high = seconds["low"] * 1e3, seconds["high"] * 1e3
+    extra = {n: m["peak"] - m["result"] for n, m in row.memory.items()}
+    return (
+        *name,
+        f"{seconds['median'] * 1e3:.3f} ({low:.3f}–{high:.3f})",
+        _times(row.ratio(EAGER)),
+        _times(row.ratio("best eager")),
+        _times(row.ratio(COMPILED)),
+        f"{row.bandwidth / 1e9:.1f}",
+        f"{row.copy_share * 100:.0f}",
+        _pair(extra, _megabytes),
+        _pair(row.saved, _megabytes),
+        error,
+    )
+
+
+def goal_cells(verdict: Verdict) -> tuple[str, ...]:
+    goal = verdict.goal
+    case = goal.case if goal.case != EVERY else f"every case (worst: {verdict.case or '–'})"
+    measured = verdict.median > 0
+    return (
+        f"{goal.op} {case} {goal.dtype} {goal.layout}",
+        goal.mode,
+        f"≥ {goal.ratio:g}× {goal.against}",
+        f"{verdict.median:.2f}×" if measured else "",
+        f"{verdict.low:.2f}–{verdict.high:.2f}" if measured else "",
+        f"{verdict.at_minimum:.2f}×" if measured else "",
+        verdict.outcome,
+    )
+
+
+def print_report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+    """Tables on standard output: speed, then memory and accuracy, which would not fit beside it."""
+    names = HEADER[:5]
+    for op, group in _by_operator(rows):
+        table = [cells(row) for row in group]
+        print_table(op, HEADER[:11], [line[:11] for line in table])
+        rest = [line[:5] + line[11:] for line in table]
+        print_table(f"{op}: memory and accuracy", names + HEADER[11:], rest)
+    if verdicts:
+        print_table("goals", GOAL_HEADER, [goal_cells(v) for v in verdicts])
+
+
+def markdown(rows: Sequence[Row], verdicts: Sequence[Verdict], environment: dict[str, Any]) -> str:
+    parts = ["# Benchmark results", ""]
+    parts += [f"- {key}: {_plain(value)}" for key, value in environment.items()]
+    for op, group in _by_operator(rows):
+        parts += ["", f"## {op}", "", *_markdown_table(HEADER, [cells(row) for row in group])]
+    if verdicts:
+        parts += ["", "## Goals", ""]
+        parts += _markdown_table(GOAL_HEADER, [goal_cells(v) for v in verdicts])
+    return "\n".join([*parts, "", *NOTES, ""])
+
+
+def write(
+    folder: Path,
+    stem: str,
+    rows: Sequence[Row],
+    verdicts: Sequence[Verdict],
+    environment: dict[str, Any],
+) -> tuple[Path, Path]:
+    """Write <folder>/<machine>/<stem>.json and .md; returns their paths."""
+    target = folder / str(environment["machine"])
+    target.mkdir(parents=True, exist_ok=True)
+    content = {
+        "schema": SCHEMA,
+        "environment": environment,
+        "rows": [asdict(row) for row in rows],
+        "goals": [verdict.json() for verdict in verdicts],
+    }
+    numbers, text = target / f"{stem}.json", target / f"{stem}.md"
+    numbers.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text.write_text(markdown(rows, verdicts, environment), encoding="utf-8")
+    return numbers, text
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Environment and rows of a JSON report; ValueError when it is none of this schema."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not a benchmark report of schema {SCHEMA}")
+    return content["environment"], [Row(**row) for row in content["rows"]]
+
+
+def progress(items: Sequence[Any], label: Any, quiet: bool = False) -> Iterator[Any]:
+    """The items, with a bar on standard error (lines where there is no terminal or no rich)."""
+    if quiet:
+        yield from items
+    elif importlib.util.find_spec("rich") is not None and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=len(items))
+            for item in items:
+                bar.update(task, description=label(item))
+                yield item
+                bar.advance(task)
+    else:
+        for number, item in enumerate(items, 1):
+            print(f"[{number}/{len(items)}] {label(item)}", file=sys.stderr, flush=True)
+            yield item
+
+
+def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    table = [header, ["---"] * len(header), *lines]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table]
+
+
+def _by_operator(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.op, []).append(row)
+    yield from groups.items()
+
+
+def _times(ratio: dict[str, float] | None) -> str:
+    return (
+        "–" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+    )
+
+
+def _pair(values: dict[str, Any], text: Any) -> str:
+    """ours/eager, empty where neither was measured."""
+    known = [text(values[name]) if name in values else "–" for name in (OURS, EAGER)]
+    return "/".join(known) if values else ""
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f}"
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,182 @@
+// Matrix products of tiles that lie in the L2 cache: C (+)= A·B. Compiled once per instruction set (no include guard).
+//
+//   Fma<A>       on vectors, operands in the accumulation type A, taken where they lie
+//   Tiled<half>  on AMX tiles (common/amx.h), operands narrowed to bfloat16 or float16 on the way
+//
+// Both have the same face: left(view, M, K, scratch) and right(view, K, N, scratch) prepare an operand (packed() always copies it;
+// left_at() and right_at() find what was prepared before), multiply() takes two of them, while a Session lives. An element of C is one sum over k in increasing order: it depends on neither M nor N nor the instruction set's blocks.
+// Operands and C may be read, and C written, up to kTile rows and columns (rounded up) beyond M and N.
+
+namespace segkernels {
+namespace {
+namespace SEGKERNELS_ISA {
+
+constexpr int64_t kTile = 32;
+
+template <class A>
+struct View {  // element (i, j) at p[i * row + j * column]; one of the strides is 1
+  const A* p;
+  int64_t row, column;
+};
+
+// r[i][j] ↔ r[j][i] by exchanging blocks of 1, 2, 4, … lanes.
+template <class A>
+SEGKERNELS_INLINE void transpose(Vec<A> r[Vec<A>::lanes]) {
+  constexpr int64_t n = Vec<A>::lanes;
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> I;
+  typedef I Index __attribute__((vector_size(SEGKERNELS_VECTOR_BYTES)));
+#pragma GCC unroll 4
+  for (int64_t s = 1; s < n; s *= 2) {
+    Index low, high;
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < n; ++l) {
+      low[l] = l & s ? n + l - s : l;
+      high[l] = l & s ? n + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i)
+      if (!(i & s)) {
+        const Vec<A> a = r[i], b = r[i + s];
+        r[i].v = __builtin_shuffle(a.v, b.v, low);
+        r[i + s].v = __builtin_shuffle(a.v, b.v, high);
+      }
+  }
+}
+
+template <class A>
+struct Fma {
+  using Acc = A;
+  static constexpr int64_t lanes = Vec<A>::lanes, kWidth = 2 * lanes, kRows = SEGKERNELS_VECTOR_BYTES == 64 ? 14 : 6;
+
+  using Left = View<A>;
+  struct Right {  // element (k, n) at p[n / kWidth * panel + k * row + n % kWidth]
+    const A* p;
+    int64_t panel, row;
+  };
+
+  static int64_t left_bytes(int64_t, int64_t) { return 0; }
+  static int64_t right_bytes(int64_t k, int64_t n) { return (n + kTile) * (k + kTile) * sizeof(A); }
+
+  static Left left(View<A> x, int64_t, int64_t, void*) { return x; }
+
+  // Rows of B are taken as they lie; columns are transposed into panels.
+  static Right right(View<A> x, int64_t k, int64_t n, void* scratch) {
+    return x.column == 1 ? Right{x.p, kWidth, x.row} : packed(x, k, n, scratch);
+  }
+  static Right packed(View<A> x, int64_t k, int64_t n, void* scratch) {
+    A* out = static_cast<A*>(scratch);
+    for (int64_t j = 0; j < n; j += kWidth) {
+      A* panel = out + j * k;
+      const int64_t width = std::min(n - j, kWidth);
+      if (x.column == 1)
+        for (int64_t i = 0; i < k; ++i) std::memcpy(panel + i * kWidth, x.p + i * x.row + j, width * sizeof(A));
+      else
+        transpose_panel(x.p + j * x.column, x.column, k, width, panel);
+    }
+    return right_at(scratch, k);
+  }
+  static Right right_at(const void* packed, int64_t k) { return {static_cast<const A*>(packed), k * kWidth, kWidth}; }
+  static Left left_at(View<A> x, const void*) { return x; }
+  struct Session {};
+
+  // panel[i][j] = x[j][i], rows of x `step` apart.
+  static void transpose_panel(const A* x, int64_t step, int64_t k, int64_t width, A* panel) {
+    int64_t j = 0;
+    for (; j + lanes <= width; j += lanes) {
+      int64_t i = 0;
+      for (; i + lanes <= k; i += lanes) {
+        Vec<A> r[lanes];
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < lanes; ++l) r[l] = load<A>(x + (j + l) * step + i);
+        transpose(r);
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < lanes; ++l) store(panel + (i + l) * kWidth + j, r[l]);
+      }
+      for (; i < k; ++i)
+        for (int64_t l = 0; l < lanes; ++l) panel[i * kWidth + j + l] = x[(j + l) * step + i];
+    }
+    for (; j < width; ++j)
+      for (int64_t i = 0; i < k; ++i) panel[i * kWidth + j] = x[j * step + i];
+  }
+
+  static void multiply(int64_t m, int64_t n, int64_t k, Left a, Right b, A* c, int64_t ldc, bool add) {
+    const int64_t parts = (m + kRows - 1) / kRows;  // row blocks of nearly equal height
+    for (int64_t j = 0; j < n; j += kWidth)
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t i = part * m / parts, rows = (part + 1) * m / parts - i;
+        by_rows<kRows>(rows, k, Left{a.p + i * a.row, a.row, a.column}, b.p + j / kWidth * b.panel, b.row, c + i * ldc + j,
+                       ldc, add);
+      }
+  }
+
+  template <int64_t kMost>
+  SEGKERNELS_INLINE void by_rows(int64_t rows, int64_t k, Left a, const A* b, int64_t ldb, A* c, int64_t ldc, bool add) {
+    if (rows == kMost) return block<kMost>(k, a, b, ldb, c, ldc, add);
+    if constexpr (kMost > 1) by_rows<kMost - 1>(rows, k, a, b, ldb, c, ldc, add);
+  }
+
+  template <int64_t kM>
+  static void block(int64_t k, Left a, const A* b, int64_t ldb, A* c, int64_t ldc, bool add) {
+    Vec<A> c0[kM], c1[kM];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kM; ++i) {
+      c0[i] = add ? load(c + i * ldc) : splat(A(0));
+      c1[i] = add ? load(c + i * ldc + lanes) : splat(A(0));
+    }
+    for (int64_t l = 0; l < k; ++l, b += ldb, a.p += a.column) {
+      const Vec<A> b0 = load(b), b1 = load(b + lanes);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kM; ++i) {
+        const Vec<A> ai = splat(a.p[i * a.row]);
+        c0[i] = fma(ai, b0, c0[i]);
+        c1[i] = fma(ai, b1, c1[i]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kM; ++i) {
+      store(c + i * ldc, c0[i]);
+      store(c + i * ldc + lanes, c1[i]);
+    }
+  }
+};
+
+#if SEGKERNELS_VECTOR_BYTES == 64
+template <bool kHalf>
+struct Tiled {
+  using Acc = float;
+  using Left = const uint16_t*;
+  using Right = const uint16_t*;
+
+  static int64_t left_bytes(int64_t m, int64_t k) { return 2 * amx::left_size(m, k); }
+  static int64_t right_bytes(int64_t k, int64_t n) { return 2 * amx::right_size(k, n); }
+
+  static Left left(View<float> x, int64_t m, int64_t k, void* scratch) {
+    uint16_t* out = static_cast<uint16_t*>(scratch);
+    if (x.column == 1)
+      amx::pack_left<kHalf>(m, k, x.p, x.row, out);
+    else
+      amx::pack_left_transposed<kHalf>(m, k, x.p, x.column, out);
+    return out;
+  }
+  static Right right(View<float> x, int64_t k, int64_t n, void* scratch) {
+    uint16_t* out = static_cast<uint16_t*>(scratch);
+    if (x.column == 1)
+      amx::pack_right<kHalf>(k, n, x.p, x.row, out);
+    else
+      amx::pack_right_transposed<kHalf>(k, n, x.p, x.column, out);
+    return out;
+  }
+  static Right packed(View<float> x, int64_t k, int64_t n, void* scratch) { return right(x, k, n, scratch); }
+  static Right right_at(const void* packed, int64_t) { return static_cast<Right>(packed); }
+  static Left left_at(View<float>, const void* packed) { return static_cast<Left>(packed); }
+  using Session = amx::Tiles;
+
+  static void multiply(int64_t m, int64_t n, int64_t k, Left a, Right b, float* c, int64_t ldc, bool add) {
+    amx::multiply<kHalf>(m, n, k, a, b, c, ldc, add);
+  }
+};
+#endif
+
+}  // namespace SEGKERNELS_ISA
+}  // namespace
+}  // namespace segkernels

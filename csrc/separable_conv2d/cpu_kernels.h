@@ -1,0 +1,251 @@
+// The stages of the fused separable convolution on the CPU. Compiled once per instruction set (no include guard).
+//
+// Every stage walks over tiles of output pixels. d = w ⊛ x is made tile by tile by the depthwise kernels, never for a whole map, and
+// made again where it is needed again: nine products cost less than the memory it would pass through.
+
+#include "depthwise_conv2d/cpu_kernels.h"
+#include "common/gemm.h"
+#include "separable_conv2d/cpu_passes.h"
+
+namespace segkernels {
+namespace {
+namespace SEGKERNELS_ISA {
+
+// -- a tile of d ----------------------------------------------------------------------------------
+
+// channels_last: d[pixel][channel − c0].
+template <class T>
+void depthwise_tile_last(const Call<T>& call, Tile tile, int64_t rate, int64_t c0, int64_t c1, Matrix<T> d) {
+  const ForwardPlan& f = *call.plan;
+  const int64_t W = call.sizes.W_out;
+  const Identity identity;
+  for (int64_t p = tile.first; p < tile.last;) {
+    const int64_t h = p / W, first = p % W, last = std::min(W, first + tile.last - p);
+    forward_row(f, call.x + tile.image * f.x.sB, call.w, static_cast<const T*>(nullptr), rate, h, first, last, c0, c1,
+                d.p + (p - tile.first) * d.step, d.step, identity);
+    p += last - first;
+  }
+}
+
+// NCHW: d[channel − c0][pixel]. Rows of x that cannot be read in place are widened one by one.
+template <class T>
+void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t c0, int64_t c1, Matrix<T> d) {
+  using A = acc_t<T>;
+  const ForwardPlan& f = *call.plan;
+  const Geometry& g = f.geometry;
+  const int64_t W = call.sizes.W_out, s = g.columns[0].s, line = plane_size(1, g.W(), s);
+  const bool in_place = std::is_same_v<A, T> && s == 1;
+  std::vector<A> memory(in_place ? 0 : kMaxKernel * line), sums(W);
+  A weights[kMaxKernel * kMaxKernel];
+  std::vector<RowSource<A>> sources;
+  for (int64_t p = tile.first; p < tile.last;) {
+    const int64_t h = p / W, first = p % W, last = std::min(W, first + tile.last - p);
+    std::vector<ColumnTap> taps = g.forward_columns(rate);  // of the positions from `first` on
+    for (ColumnTap& t : taps) t = {t.rate, t.b, t.source + s * first, t.begin - first, t.end - first};
+    const Columns<A> columns(taps, g.R, last - first, s, ceil_div(g.W(), s));
+    const RowTap *begin = f.rows[rate].begin(h), *end = f.rows[rate].end(h);
+    sources.clear();
+    for (const RowTap* tap = begin; tap != end; ++tap)
+      sources.push_back({memory.data() + (tap - begin) * line, weights + tap->a * g.kw(), nullptr, &columns.taps[rate]});
+    for (int64_t c = c0; c < c1; ++c) {
+      const T* x = call.x + tile.image * f.x.sB + c * f.x.sC;
+      for (const RowTap* tap = begin; tap != end; ++tap) {
+        const Plane<A> row = read_plane(x + tap->row * f.x.sH, f.x.sH, 1, g.W(), s, memory.data() + (tap - begin) * line);
+        sources[tap - begin].row = row.data;
+      }
+      widen_row<A>(call.w + (rate * g.C + c) * g.taps(), g.taps(), weights);
+      T* to = d.p + (c - c0) * d.step + (p - tile.first);
+      if constexpr (std::is_same_v<A, T>) {
+        sum_row(columns, sources, A(0), to);
+      } else {
+        sum_row(columns, sources, A(0), sums.data());
+        narrow_row(sums.data(), last - first, to);
+      }
+    }
+    p += last - first;
+  }
+}
+
+template <bool kLast, class T>
+void depthwise_tile(const Call<T>& call, Tile tile, int64_t rate, int64_t chunk, Matrix<T> d) {
+  const int64_t c0 = call.sizes.chunk_begin(chunk), c1 = call.sizes.chunk_end(chunk);
+  if constexpr (kLast)
+    depthwise_tile_last(call, tile, rate, c0, c1, d);
+  else
+    depthwise_tile_planes(call, tile, rate, c0, c1, d);
+}
+
+// -- memory of one thread -------------------------------------------------------------------------
+
+template <bool kLast>
+SEGKERNELS_INLINE int64_t tile_size(int64_t channels) {  // numbers, with the padding that matrix products may touch
+  return kLast ? kPixels * row_step(channels) : round_up(channels, 32) * row_step(kPixels);
+}
+template <bool kLast>
+SEGKERNELS_INLINE int64_t tile_step(int64_t channels) {
+  return row_step(kLast ? channels : kPixels);
+}
+
+// Tiles of one stage on one thread. The thread keeps the memory for its next stage: it is small, and fresh pages cost as much as
+// the work on them. Zeroed when new: the padding that matrix products read should hold no denormal numbers.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    thread_local std::vector<char> memory;
+    if (int64_t(memory.size()) < bytes + 64) std::vector<char>(bytes + 64).swap(memory);
+    next_ = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(next_);
+    next_ += round_up(n * sizeof(T), 64);
+    return p;
+  }
+
+ private:
+  char* next_;
+};
+
+SEGKERNELS_INLINE int64_t chunk_width(const Sizes& s) { return std::min(s.C, kChannels); }
+
+// -- the pointwise weights ------------------------------------------------------------------------
+
+// Slot (rate, chunk) of the weights: forward h·vᵀ [pixels][D] or v·h [D][pixels], backward g·v or vᵀ·g.
+template <class E, bool kLast, bool kBackward, class T>
+SEGKERNELS_INLINE View<acc_t<T>> weights_view(const Call<T>& call, int64_t slot) {
+  const Sizes& s = call.sizes;
+  const acc_t<T>* v = call.v + slot / s.chunks() * s.D * s.C + s.chunk_begin(slot % s.chunks());
+  if constexpr (kLast != kBackward) return {v, 1, s.C};  // element (c, d)
+  return {v, s.C, 1};                                    // element (d, c)
+}
+
+template <class E, bool kLast, bool kBackward, class T>
+void pack_weights(const Call<T>& call, int64_t first, int64_t last) {
+  const Sizes& s = call.sizes;
+  for (int64_t slot = first; slot < last; ++slot) {
+    const auto v = weights_view<E, kLast, kBackward>(call, slot);
+    char* out = call.weights + slot * call.weight_bytes;
+    const int64_t width = s.chunk_end(slot % s.chunks()) - s.chunk_begin(slot % s.chunks());
+    const int64_t k = kBackward ? s.D : width, n = kBackward ? width : s.D;
+    if constexpr (kLast)
+      E::packed(v, k, n, out);
+    else
+      E::left(v, n, k, out);
+  }
+}
+
+template <class E, bool kLast>
+int64_t weight_bytes(const Sizes& s, bool backward) {
+  const int64_t width = chunk_width(s), k = backward ? s.D : width, n = backward ? width : s.D;
+  return round_up(kLast ? E::right_bytes(k, n) : E::left_bytes(n, k), 64);
+}
+
+// C (+)= weights · tile, in the layout of the tile.
+template <class E, bool kLast, bool kBackward, class T>
+void multiply_weights(const Call<T>& call, int64_t slot, Matrix<acc_t<T>> in, Matrix<acc_t<T>> out, int64_t pixels,
+                      int64_t k, int64_t n, bool add, void* scratch) {
+  const View<acc_t<T>> tile{in.p, in.step, 1};
+  const char* weights = call.weights + slot * call.weight_bytes;
+  if constexpr (kLast)
+    E::multiply(pixels, n, k, E::left(tile, pixels, k, scratch), E::right_at(weights, k), out.p, out.step, add);
+  else
+    E::multiply(n, pixels, k, E::left_at(weights_view<E, kLast, kBackward>(call, slot), weights),
+                E::right(tile, k, pixels, scratch), out.p, out.step, add);
+}
+
+// -- forward --------------------------------------------------------------------------------------
+
+// Moments of d over the tiles of groups [first, last).
+template <class E, bool kLast, class T>
+void inner_moments(const Call<T>& call, int64_t first, int64_t last) {
+  using A = acc_t<T>;
+  const Sizes& s = call.sizes;
+  Workspace memory(tile_size<kLast>(chunk_width(s)) * sizeof(T) + (kChannels + 64) * (64 + 2 * sizeof(A)));
+  const Matrix<T> d{memory.take<T>(tile_size<kLast>(chunk_width(s))), tile_step<kLast>(chunk_width(s))};
+  A* tile_mean = memory.take<A>(kChannels + 64);
+  const Partial<kLast, A> partial{memory.take<A>(kChannels * 64 / sizeof(A))};
+  for (int64_t group = first; group < last; ++group) {
+    const int64_t begin = group * s.tiles() / s.forward_groups(), end = (group + 1) * s.tiles() / s.forward_groups();
+    int64_t count = 0;
+    for (int64_t t = begin; t < end; count += s.tile(t++).size())
+      for (int64_t chunk = 0; chunk < s.chunks(); ++chunk)
+        for (int64_t rate = 0; rate < s.R; ++rate) {
+          const int64_t n = s.chunk_end(chunk) - s.chunk_begin(chunk), pixels = s.tile(t).size();
+          const int64_t at = (group * s.R + rate) * s.C + s.chunk_begin(chunk);
+          depthwise_tile<kLast>(call, s.tile(t), rate, chunk, d);
+          add_moments<kLast, T>({d.p, d.step}, kLast ? pixels : n, kLast ? n : pixels, count, call.sums1.first + at,
+                                call.sums1.second + at, partial, tile_mean);
+        }
+  }
+}
+
+// x → y, or x → o and its moments where the outer stage standardises, over the tiles of groups [first, last).
+template <class E, bool kLast, class T>
+void forward(const Call<T>& call, int64_t first, int64_t last) {
+  using A = acc_t<T>;
+  const Sizes& s = call.sizes;
+  const int64_t width = chunk_width(s), o_size = tile_size<kLast>(s.D);
+  const int64_t scratch = std::max(E::left_bytes(kPixels, width), E::right_bytes(width, kPixels));
+  Workspace memory(tile_size<kLast>(width) * (sizeof(T) + sizeof(A)) + s.R * o_size * sizeof(A) + scratch +
+                   (s.D + 64) * (64 + 2 * sizeof(A)) + 1024);
+  const Matrix<T> d{memory.take<T>(tile_size<kLast>(width)), tile_step<kLast>(width)};
+  const Matrix<A> h{memory.take<A>(tile_size<kLast>(width)), tile_step<kLast>(width)};
+  A* o = memory.take<A>(s.R * o_size);
+  A* tile_mean = memory.take<A>(s.D + 64);
+  const Partial<kLast, A> partial{memory.take<A>(round_up(s.D, 32) * 64 / sizeof(A))};
+  char* products = memory.take<char>(scratch);
+  [[maybe_unused]] const typename E::Session session;
+
+  for (int64_t group = first; group < last; ++group) {
+    const int64_t begin = group * s.tiles() / s.forward_groups(), end = (group + 1) * s.tiles() / s.forward_groups();
+    int64_t count = 0;
+    for (int64_t t = begin; t < end; count += s.tile(t++).size()) {
+      const Tile tile = s.tile(t);
+      const int64_t pixels = tile.size();
+      for (int64_t chunk = 0; chunk < s.chunks(); ++chunk)
+        for (int64_t rate = 0; rate < s.R; ++rate) {
+          const int64_t n = s.chunk_end(chunk) - s.chunk_begin(chunk);
+          depthwise_tile<kLast>(call, tile, rate, chunk, d);
+          apply<kLast, T, A>({d.p, d.step}, h, kLast ? pixels : n, kLast ? n : pixels,
+                             call.inner.from(rate * s.C + s.chunk_begin(chunk)));
+          multiply_weights<E, kLast, false>(call, rate * s.chunks() + chunk, h,
+                                            {o + rate * o_size, tile_step<kLast>(s.D)}, pixels, n, s.D, chunk > 0,
+                                            products);
+        }
+      for (int64_t rate = 0; rate < s.R; ++rate) {
+        const int64_t rows = kLast ? pixels : s.D, columns = kLast ? s.D : pixels;
+        const int64_t at = s.offset(tile, s.R * s.D, rate * s.D), step = s.step(s.R * s.D);
+        const Matrix<const A> product{o + rate * o_size, tile_step<kLast>(s.D)};
+        if (call.outer.standardised) {
+          const int64_t sum = (group * s.R + rate) * s.D;
+          copy<A, T>(product, {call.o + at, step}, rows, columns);
+          add_moments<kLast, T>({call.o + at, step}, rows, columns, count, call.sums2.first + sum,
+                                call.sums2.second + sum, partial, tile_mean);
+        } else {
+          apply<kLast, A, T>(product, {call.y + at, step}, rows, columns, call.outer.from(rate * s.D));
+        }
+      }
+    }
+  }
+}
+
+// o → y over the tiles [first, last).
+template <class E, bool kLast, class T>
+void finish(const Call<T>& call, int64_t first, int64_t last) {
+  const Sizes& s = call.sizes;
+  const int64_t channels = s.R * s.D, step = s.step(channels);
+  for (int64_t t = first; t < last; ++t) {
+    const int64_t at = s.offset(s.tile(t), channels, 0), pixels = s.tile(t).size();
+    apply<kLast, T, T>({call.o + at, step}, {call.y + at, step}, kLast ? pixels : channels, kLast ? channels : pixels,
+                       call.outer);
+  }
+}
+
+}  // namespace SEGKERNELS_ISA
+}  // namespace
+}  // namespace segkernels
+
+#include "separable_conv2d/cpu_backward.h"

@@ -1,0 +1,29 @@
+"""libs.models.deeplabv2: ``_ASPP``.
+
+Source: Chen et al., "DeepLab", TPAMI 2018, section 3.2 (ASPP as a sum of classifiers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class _ASPP(nn.Module):
+    """Sum of 3x3 atrous classifiers: [B, in_ch, H, W] to [B, out_ch, H, W]. Keys ``c{i}``."""
+
+    def __init__(
+        self, in_ch: int, out_ch: int, rates: Sequence[int], *, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        self.backend = backend
+        for i, rate in enumerate(rates):
+            conv = nn.Conv2d(in_ch, out_ch, 3, padding=rate, dilation=rate)
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            self.add_module(f"c{i}", conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = (branch(x) for branch in self.children())
+        return sum(others, first)

@@ -1,0 +1,118 @@
+"""PyTorch-Encoding, encoding.models.sseg.deeplab: ``ASPP_Module``, ``DeepLabV3Head``.
+
+Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segkernels.nn.aspp import pyramid
+from segkernels.nn.chain import run
+
+NormClass = Callable[[int], nn.Module]
+
+
+def ASPPConv(
+    in_channels: int, out_channels: int, atrous_rate: int, norm_layer: NormClass
+) -> nn.Sequential:
+    conv = nn.Conv2d(
+        in_channels, out_channels, 3, padding=atrous_rate, dilation=atrous_rate, bias=False
+    )
+    return nn.Sequential(conv, norm_layer(out_channels), nn.ReLU(True))
+
+
+class AsppPooling(nn.Module):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm_layer: NormClass,
+        up_kwargs: dict[str, Any] | None,
+    ) -> None:
+        super().__init__()
+        self._up_kwargs = up_kwargs or {"mode": "bilinear", "align_corners": True}
+        self.gap = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            norm_layer(out_channels),
+            nn.ReLU(True),
+        )
+
+    def layers_in_order(self) -> list[nn.Module]:
+        return [self.gap]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(run(x, [self.gap]), x.shape[-2:], **self._up_kwargs)
+
+
+class ASPP_Module(nn.Module):
+    """[B, C, H, W] to [B, C/8, H, W]; ``b0`` 1x1, ``b1``-``b3`` atrous, ``b4`` image pooling."""
+
+    backend: str | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        atrous_rates: Sequence[int],
+        norm_layer: NormClass = nn.BatchNorm2d,
+        up_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.backend = backend
+        width = in_channels // 8
+        rate1, rate2, rate3 = atrous_rates
+        self.b0 = nn.Sequential(
+            nn.Conv2d(in_channels, width, 1, bias=False), norm_layer(width), nn.ReLU(True)
+        )
+        self.b1 = ASPPConv(in_channels, width, rate1, norm_layer)
+        self.b2 = ASPPConv(in_channels, width, rate2, norm_layer)
+        self.b3 = ASPPConv(in_channels, width, rate3, norm_layer)
+        self.b4 = AsppPooling(in_channels, width, norm_layer, up_kwargs)
+        self.project = nn.Sequential(
+            nn.Conv2d(5 * width, width, 1, bias=False),
+            norm_layer(width),
+            nn.ReLU(True),
+            nn.Dropout2d(0.5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [[self.b0], [self.b1], [self.b2], [self.b3]]
+        return self.project(pyramid(x, branches, [self.b4], backend=self.backend))
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
+
+
+class DeepLabV3Head(nn.Module):
+    """[B, C, H, W] to logits [B, out_channels, H, W]."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm_layer: NormClass = nn.BatchNorm2d,
+        up_kwargs: dict[str, Any] | None = None,
+        atrous_rates: Sequence[int] = (12, 24, 36),
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        width = in_channels // 8
+        self.aspp = ASPP_Module(in_channels, atrous_rates, norm_layer, up_kwargs, backend=backend)
+        self.block = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            norm_layer(width),
+            nn.ReLU(True),
+            nn.Dropout(0.1),
+            nn.Conv2d(width, out_channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.aspp(x))

@@ -1,0 +1,184 @@
+"""mmseg.models.decode_heads: ``ASPPHead``, ``DepthwiseSeparableASPPHead``.
+
+``forward(inputs)`` with a list of feature maps returns logits, as published. The losses and
+predictions of mmseg's heads (``loss``, ``predict``) belong to mmengine's data structures and are
+not here: their options are kept as attributes. A rate of 1 is a 1x1 convolution; the concatenation
+begins with the image pool.
+
+Source: Chen et al., "Rethinking Atrous Convolution", 2017; "Encoder-Decoder with Atrous Separable
+Convolution", ECCV 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segkernels.compat.mmcv import RELU, Config, ConvModule, DepthwiseSeparableConvModule
+from segkernels.nn.aspp import pyramid
+from segkernels.nn.chain import run
+
+CROSS_ENTROPY: Config = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0}
+
+
+class BaseDecodeHead(nn.Module):
+    """Selection of the inputs, dropout and classifier of every mmseg head."""
+
+    backend: str | None
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        channels: int,
+        *,
+        num_classes: int,
+        out_channels: int | None = None,
+        threshold: float | None = None,
+        dropout_ratio: float = 0.1,
+        conv_cfg: Config | None = None,
+        norm_cfg: Config | None = None,
+        act_cfg: Config | None = RELU,
+        in_index: int | Sequence[int] = -1,
+        input_transform: str | None = None,
+        loss_decode: Config | Sequence[Config] = CROSS_ENTROPY,
+        ignore_index: int | None = 255,
+        sampler: Config | None = None,
+        align_corners: bool = False,
+        init_cfg: Config | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if input_transform not in (None, "resize_concat"):
+            raise ValueError(
+                "input_transform is None or 'resize_concat' for this head"
+                f"\n  input_transform: {input_transform!r}"
+            )
+        out_channels = num_classes if out_channels is None else out_channels
+        if out_channels != num_classes and (out_channels, num_classes) != (1, 2):
+            raise ValueError(
+                "out_channels is num_classes, or 1 for two classes"
+                f"\n  out_channels: {out_channels}\n  num_classes: {num_classes}"
+            )
+        self.backend = backend
+        self.in_channels = in_channels if isinstance(in_channels, int) else sum(in_channels)
+        self.channels, self.num_classes, self.out_channels = channels, num_classes, out_channels
+        self.conv_cfg, self.norm_cfg, self.act_cfg = conv_cfg, norm_cfg, act_cfg
+        self.in_index, self.input_transform, self.align_corners = (
+            in_index,
+            input_transform,
+            align_corners,
+        )
+        self.threshold = 0.3 if out_channels == 1 and threshold is None else threshold
+        self.loss_decode, self.ignore_index, self.sampler, self.init_cfg = (
+            loss_decode,
+            ignore_index,
+            sampler,
+            init_cfg,
+        )
+        self.conv_seg = nn.Conv2d(channels, out_channels, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]
+        self.dropout = nn.Dropout2d(dropout_ratio) if dropout_ratio > 0 else None
+
+    def _conv(
+        self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1
+    ) -> ConvModule:
+        return ConvModule(
+            in_channels, out_channels, kernel_size, **self._options(kernel_size, dilation)
+        )
+
+    def _separable(self, in_channels: int, dilation: int = 1) -> DepthwiseSeparableConvModule:
+        return DepthwiseSeparableConvModule(
+            in_channels, self.channels, 3, **self._options(3, dilation)
+        )
+
+    def _options(self, kernel_size: int, dilation: int) -> dict[str, Any]:
+        return {
+            "padding": dilation * (kernel_size // 2),
+            "dilation": dilation,
+            "conv_cfg": self.conv_cfg,
+            "norm_cfg": self.norm_cfg,
+            "act_cfg": self.act_cfg,
+            "backend": self.backend,
+        }
+
+    def extra_repr(self) -> str:
+        return f"align_corners={self.align_corners}, backend={self.backend!r}"
+
+
+class ASPPHead(BaseDecodeHead):
+    """``image_pool``, ``aspp_modules``, 3x3 ``bottleneck``, ``conv_seg``."""
+
+    def __init__(self, dilations: Iterable[int] = (1, 6, 12, 18), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dilations = tuple(dilations)
+        self.image_pool = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), self._conv(self.in_channels, self.channels, 1)
+        )
+        self.aspp_modules = nn.ModuleList([self._branch(rate) for rate in self.dilations])
+        self.bottleneck = self._conv((len(self.dilations) + 1) * self.channels, self.channels, 3)
+
+    def _branch(self, rate: int) -> nn.Module:
+        return self._conv(self.in_channels, self.channels, 1 if rate == 1 else 3, rate)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        return _classify(self, _context(self, inputs))
+
+
+class DepthwiseSeparableASPPHead(ASPPHead):
+    """The DeepLabv3+ head: separable branches (but for rate 1), low-level features from
+    ``inputs[0]``, two separable convolutions.
+    """
+
+    def __init__(self, c1_in_channels: int, c1_channels: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if c1_in_channels < 0:
+            raise ValueError(
+                "c1_in_channels is 0 (no low-level features) or more"
+                f"\n  c1_in_channels: {c1_in_channels}"
+            )
+        self.c1_bottleneck = self._conv(c1_in_channels, c1_channels, 1) if c1_in_channels else None
+        self.sep_bottleneck = nn.Sequential(
+            self._separable(self.channels + c1_channels), self._separable(self.channels)
+        )
+
+    def _branch(self, rate: int) -> nn.Module:
+        return self._separable(self.in_channels, rate) if rate > 1 else super()._branch(rate)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        x = _context(self, inputs)
+        if self.c1_bottleneck is not None:
+            low_level = self.c1_bottleneck(inputs[0])
+            x = F.interpolate(
+                x, low_level.shape[-2:], mode="bilinear", align_corners=self.align_corners
+            )
+            x = torch.cat([x, low_level], 1)
+        return _classify(self, run(x, [self.sep_bottleneck], backend=self.backend))
+
+
+def _context(head: Any, inputs: Sequence[Tensor]) -> Tensor:
+    """The pyramid and its bottleneck: [B, channels, H, W]."""
+    x = _select(head, inputs)
+    branches = ([branch] for branch in head.aspp_modules)
+    return head.bottleneck(
+        pyramid(x, branches, [head.image_pool], pool_first=True, backend=head.backend)
+    )
+
+
+def _select(head: Any, inputs: Sequence[Tensor]) -> Tensor:
+    if head.input_transform is None:
+        return inputs[head.in_index]
+    chosen = [inputs[i] for i in head.in_index]
+    size = chosen[0].shape[-2:]
+    return torch.cat(
+        [F.interpolate(x, size, mode="bilinear", align_corners=head.align_corners) for x in chosen],
+        1,
+    )
+
+
+def _classify(head: Any, x: Tensor) -> Tensor:
+    return head.conv_seg(x if head.dropout is None else head.dropout(x))

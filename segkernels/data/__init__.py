@@ -1,0 +1,1 @@
+"""Data to train and evaluate the reference networks on."""

@@ -1,0 +1,406 @@
+"""The hall: every operator is declared, sent to a backend and differentiated here, and nowhere
+else.
+
+An operator is two functions of the maths, written as PyTorch schemas whose *names* are the whole
+declaration::
+
+    forward  (Tensor x, Tensor w, ...) -> Tensor y
+    backward (Tensor dy, Tensor x, Tensor w, ..., int[] need) -> (Tensor dx, Tensor dw)
+
+``dy`` is the cotangent of the output ``y``; a tensor the backward names is saved for it, whether
+input or output; ``dx`` is the gradient of the input ``x``; ``need`` says which gradients are wanted
+(one that is not comes back with shape [0]).
+
+Three backends implement an operator, each a file in the operator's folder or in ``csrc``, each with
+the schema's name and arguments: ``reference`` (plain PyTorch, differentiated by PyTorch),
+``triton`` and ``native`` (C++ on the CPU, CUDA C++ on the GPU; PyTorch's dispatcher picks). The
+backend is an argument that travels with the data, else the environment variable SEGKERNELS_BACKEND,
+else the first of the automatic order that can run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segkernels import native
+
+BACKENDS = ("native", "triton", "reference")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+OPERATORS: dict[str, Operator] = {}
+
+_EXPLAIN = "explain"  # the backend of a call that only asks which backends could run it
+
+_LIBRARIES = {
+    "native": torch.library.Library("segkernels", "DEF"),
+    "triton": torch.library.Library("segkernels_triton", "DEF"),
+}
+
+
+class SegkernelsError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class UnsupportedInputError(SegkernelsError, ValueError):
+    """The arguments do not describe a computation that exists; nothing was computed."""
+
+
+class BackendUnavailableError(SegkernelsError, RuntimeError):
+    """The backend that was asked for cannot run here; the message lists why, for every backend."""
+
+
+class SegkernelsPerformanceWarning(UserWarning):
+    """The plain PyTorch reference is used although a fused backend was expected."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums over elements of ``dtype``: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout of the maps that an operator returns for ``x``: PyTorch's own rule of strides."""
+    if x.dim() != 4:
+        return torch.contiguous_format
+    if x.stride(1) == 0:
+        return torch.contiguous_format
+    expected = 0
+    for d in (1, 3, 2, 0):
+        if x.shape[d] == 0 or x.stride(d) < expected:
+            return torch.contiguous_format
+        if d == 0 and expected == x.stride(
+            1
+        ):  # N111 and NC11 maps are both layouts at once: call them NCHW
+            return torch.contiguous_format
+        expected = x.stride(d)
+        if x.shape[d] > 1:
+            expected *= x.shape[d]
+    return torch.channels_last
+
+
+class Operator:
+    """One declared operator: its raw functions by backend, its reasons, its call."""
+
+    def __init__(
+        self,
+        package: str,
+        forward: str,
+        backward: str,
+        shapes: Callable[..., Tensor | tuple[Tensor, ...]],
+        wide: Iterable[str] = (),
+        unsaved: Callable[..., Iterable[str]] | None = None,
+        limits: Callable[..., str | None] | None = None,
+        sizes: dict[str, Callable[..., Sequence[int]]] | None = None,
+    ) -> None:
+        self.package = package
+        self.name = package.rsplit(".", 1)[-1]
+        self._shapes = shapes
+        self._wide = frozenset(wide)
+        self._unsaved = unsaved
+        self._limits = limits
+        self._sizes = sizes or {}
+        self._reference = getattr(importlib.import_module(f"{package}.reference"), self.name)
+        for backend, library in _LIBRARIES.items():
+            library.define(self.name + forward)
+            library.define(f"{self.name}_backward{backward}")
+            self._register(backend, library)
+        self._raw = {b: getattr(torch.ops, lib.ns) for b, lib in _LIBRARIES.items()}
+        schema = self.raw("native")._schema
+        self.arguments = [a.name for a in schema.arguments]
+        self.tensors = [a.name for a in schema.arguments if "Tensor" in str(a.type)]
+        self.outputs = [r.name for r in schema.returns]
+        schema = self.raw("native", backward=True)._schema
+        self._backward_arguments = [a.name for a in schema.arguments]
+        self._gradients = [r.name for r in schema.returns]
+
+    def raw(self, backend: str, backward: bool = False) -> Any:
+        """The registered PyTorch operator of a fused backend."""
+        return getattr(self._raw[backend], self.name + "_backward" * backward).default
+
+    def _register(self, backend: str, library: torch.library.Library) -> None:
+        """Shape functions for both fused backends, and the lazy body of the Triton one."""
+        torch.library.register_fake(f"{library.ns}::{self.name}", self._shapes, lib=library)
+        torch.library.register_fake(
+            f"{library.ns}::{self.name}_backward", self._gradient_shapes, lib=library
+        )
+        if backend == "triton":
+            for name in (self.name, f"{self.name}_backward"):
+                library.impl(name, self._lazy(name), "CompositeExplicitAutograd")
+
+    def _lazy(self, name: str) -> Callable[..., Any]:
+        """A Triton function, imported at its first call: importing the package needs no Triton."""
+
+        def body(*args: Any) -> Any:
+            return getattr(importlib.import_module(f"{self.package}.triton"), name)(*args)
+
+        return body
+
+    def _gradient_shapes(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        """A gradient has its input's shape, type and memory format; [0] when not needed."""
+        named = dict(zip(self._backward_arguments, args, strict=True))
+        x = named["x"]
+
+        def empty(name: str, need: int) -> Tensor:
+            like = named.get(name[1:])
+            if like is not None and need:
+                return torch.empty_like(like, memory_format=memory_format(like))
+            wide = name[1:] in self._wide
+            size = self._sizes[name](*args) if need else [0]
+            return x.new_empty(size, dtype=accumulation_dtype(x.dtype) if wide else x.dtype)
+
+        made = tuple(empty(g, n) for g, n in zip(self._gradients, named["need"], strict=True))
+        return made[0] if len(made) == 1 else made
+
+    def reasons(self, *args: Any) -> dict[str, str | None]:
+        """For raw arguments: backend -> None when it can run them, else the reason why not."""
+        x = args[0]
+        limit = self._limits(*args) if self._limits else None
+        return _reasons(self.package, x.device.type, x.dtype, limit)
+
+    def _choose(self, args: tuple[Any, ...], requested: str | None) -> str:
+        x = args[0]
+        limit = self._limits(*args) if self._limits else None
+        return _choose(self.package, x.device.type, x.dtype, limit, requested)
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        """Run on raw arguments, which the door has checked; returns the schema's outputs."""
+        args = self._cast(args)
+        if backend == _EXPLAIN:
+            raise _Explained(self.reasons(*args))
+        chosen = self._choose(args, backend)
+        if chosen == "reference":
+            return self._reference(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return _Fused.apply(self.name, chosen, *args)  # type: ignore[no-untyped-call]
+        return self.raw(chosen)(*args)
+
+    def _cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Autocast casts maps and weights; "wide" arguments are taken in the accumulation type."""
+        x = args[0]
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        elif not self._wide:
+            return args
+        wide = accumulation_dtype(dtype)
+
+        def cast(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if name in self._wide:
+                return value.to(wide)
+            return value if value.dtype == dtype else value.to(dtype)
+
+        return tuple(cast(n, a) for n, a in zip(self.arguments, args, strict=True))
+
+
+class _Fused(torch.autograd.Function):
+    """The only autograd function of the package: saves what the backward schema names."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, backend: str, *args: Any) -> Any:
+        op = OPERATORS[name]
+        outputs = op.raw(backend)(*args)
+        values = dict(zip(op.arguments, args, strict=True))
+        named = values | dict(
+            zip(op.outputs, outputs if len(op.outputs) > 1 else (outputs,), strict=True)
+        )
+        unsaved = op._unsaved(*args) if op._unsaved else ()
+        wanted = op._backward_arguments
+        ctx.name, ctx.backend = name, backend
+        ctx.saved_names = [
+            n for n in wanted if isinstance(named.get(n), Tensor) and n not in unsaved
+        ]
+        ctx.constants = {n: v for n, v in values.items() if not isinstance(v, Tensor)}
+        ctx.save_for_backward(*(named[n] for n in ctx.saved_names))
+        constant = [named[n] for n in op.outputs if f"d{n}" not in wanted]
+        if constant:
+            ctx.mark_non_differentiable(*constant)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        op = OPERATORS[ctx.name]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError(
+                f"{op.name}: the fused backward cannot be differentiated again (create_graph=True)"
+                "\n  for second derivatives pass backend='reference'"
+            )
+        needs = dict(zip(op.arguments, ctx.needs_input_grad[2:], strict=True))
+        named: dict[str, Any] = dict(zip((f"d{n}" for n in op.outputs), cotangents, strict=True))
+        named |= dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True)) | ctx.constants
+        named["need"] = [int(needs[g[1:]]) for g in op._gradients]
+        made = op.raw(ctx.backend, backward=True)(*(named.get(n) for n in op._backward_arguments))
+        gradients = dict(
+            zip(op._gradients, made if len(op._gradients) > 1 else (made,), strict=True)
+        )
+        return (None, None, *(gradients[f"d{n}"] if needs[n] else None for n in op.arguments))
+
+
+def check_tensors(
+    op: str, wide: dict[str, Tensor | None] | None = None, **tensors: Tensor | None
+) -> None:
+    """Raise UnsupportedInputError unless all are floating point tensors on one device and
+    ``tensors`` share one type.
+
+    The ``wide`` ones may have any floating type (they are taken in the accumulation type); autocast
+    lifts the second condition.
+    """
+    given = {n: t for n, t in (tensors | (wide or {})).items() if t is not None}
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise UnsupportedInputError(
+                f"{op}: {name} must be a tensor\n  {name}: {type(t).__name__}"
+            )
+    first, x = next(iter(given.items()))
+    device, dtype = x.device, x.dtype
+    if dtype in DTYPES and all(t.device == device and t.dtype == dtype for t in given.values()):
+        return
+    listing = "".join(
+        f"\n  {n:<18}{str(t.dtype).removeprefix('torch.'):<10}{t.device}" for n, t in given.items()
+    )
+    if any(t.device != x.device for t in given.values()):
+        raise UnsupportedInputError(
+            f"{op}: all tensors must be on one device{listing}"
+            f"\n  move them with .to({first}.device)"
+        )
+    if not all(t.dtype in DTYPES for t in given.values()):
+        supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise UnsupportedInputError(
+            f"{op}: only floating point tensors are supported ({supported}){listing}"
+        )
+    same = {t.dtype for n, t in given.items() if n in tensors}
+    if len(same) > 1 and not torch.is_autocast_enabled(x.device.type):
+        raise UnsupportedInputError(
+            f"{op}: tensors of different types{listing}"
+            f"\n  convert them with .to({first}.dtype), or use torch.autocast"
+        )
+
+
+def declare(package: str, **declaration: Any) -> Operator:
+    """Declare the operator of the folder ``package`` (the door passes ``__name__``); see
+    :class:`Operator`.
+
+    forward, backward: schemas without the name. shapes: the shape function (fake kernel) of the
+    forward. wide: arguments in the accumulation type. unsaved: raw arguments -> names the backward
+    can do without. sizes: gradients of inputs that the backward does not see -> backward's
+    arguments -> size. limits: raw arguments -> reason why the fused kernels cannot, or None.
+    """
+    op = Operator(package, **declaration)
+    OPERATORS[op.name] = op
+    return op
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """Which backend can run ``op(*args, **kwargs)``: a table backend -> None (usable) or the reason
+    why not.
+
+    ``op`` is a public function such as ``segkernels.depthwise_conv2d``, or its name. Without
+    further arguments the table is for a float32 map on the CPU, or on the GPU where there is one.
+    Nothing is computed.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in OPERATORS:
+        raise UnsupportedInputError(
+            f"explain: no operator named {name!r}\n  operators: {', '.join(OPERATORS)}"
+        )
+    operator = OPERATORS[name]
+    if not args and not kwargs:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return _reasons(operator.package, device, torch.float32, None)
+    public = getattr(importlib.import_module(operator.package), name)
+    try:
+        public(*args, **kwargs, backend=_EXPLAIN)
+    except _Explained as table:
+        return table.args[0]
+    raise AssertionError(f"{name} did not reach its operator")
+
+
+class _Explained(Exception):
+    """Carries the table from the operator to :func:`explain`, before anything is computed."""
+
+
+def _reasons(
+    package: str, device: str, dtype: torch.dtype, limit: str | None
+) -> dict[str, str | None]:
+    supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    kind = None if dtype in DTYPES else f"{dtype} is not supported (supported: {supported})"
+    return {
+        "native": kind or limit or _why_not_native(package, device),
+        "triton": kind or limit or _why_not_triton(package, device),
+        "reference": None,
+    }
+
+
+def _why_not_native(package: str, device: str) -> str | None:
+    name = package.rsplit(".", 1)[-1]
+    if reason := native.why_not(device):
+        return reason
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"segkernels::{name}", device.upper()):
+        return None
+    return f"the native library for {device} was built without {name}: python -m segkernels build"
+
+
+def _why_not_triton(package: str, device: str) -> str | None:
+    if importlib.util.find_spec(f"{package}.triton") is None:
+        return "this operator has no Triton kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on the CPU Triton is only interpreted: set TRITON_INTERPRET=1 before Python starts"
+    if device not in ("cpu", "cuda"):
+        return f"no Triton kernels for device {device!r}"
+    return None
+
+
+def _choose(
+    package: str, device: str, dtype: torch.dtype, limit: str | None, requested: str | None
+) -> str:
+    """The backend for one call; it depends on types and environment only, so graphs may fix it."""
+    requested = requested or os.environ.get("SEGKERNELS_BACKEND") or "auto"
+    strict = os.environ.get("SEGKERNELS_STRICT") == "1"
+    return _decide(package, device, dtype, limit, requested, strict)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo (and Triton).
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # decided, and warned about, once
+def _decide(
+    package: str, device: str, dtype: torch.dtype, limit: str | None, requested: str, strict: bool
+) -> str:
+    name = package.rsplit(".", 1)[-1]
+    reasons = _reasons(package, device, dtype, limit)
+    if requested in reasons:
+        if reasons[requested] is None:
+            return requested
+        raise BackendUnavailableError(_refusal(name, f"backend {requested!r} cannot run", reasons))
+    if requested != "auto":
+        raise UnsupportedInputError(
+            f"{name}: no backend named {requested!r}\n  backends: {', '.join(BACKENDS)}, auto"
+        )
+    # On the CPU Triton means its interpreter, thousands of times slower: only on request.
+    order = [b for b in BACKENDS if not (b == "triton" and device == "cpu")]
+    chosen = next(b for b in order if reasons[b] is None)
+    if chosen == "reference" and device in ("cpu", "cuda"):
+        message = _refusal(name, "no fused backend can run; plain PyTorch is used", reasons)
+        if strict:
+            raise BackendUnavailableError(f"{message}\n  SEGKERNELS_STRICT=1 makes this an error")
+        warnings.warn(message, SegkernelsPerformanceWarning, stacklevel=5)
+    return chosen
+
+
+def _refusal(name: str, headline: str, reasons: dict[str, str | None]) -> str:
+    lines = [f"{name}: {headline}"]
+    lines += [f"  {backend:<10}{reason or 'usable'}" for backend, reason in reasons.items()]
+    return "\n".join([*lines, "  more: python -m segkernels doctor"])

@@ -1,0 +1,23 @@
+"""Networks: backbones, one Segmenter, one short file a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from segkernels.networks.deeplabv3plus import deeplabv3plus
+from segkernels.networks.segmenter import Segmenter as Segmenter
+
+NETWORKS = {"deeplabv3plus": deeplabv3plus}
+
+
+def build(name: str, *, num_classes: int, **options: Any) -> Segmenter:
+    """A network by name: ``build("deeplabv3plus", num_classes=21, backbone="resnet50")``.
+
+    The options are those of the function of that name; unknown ones raise TypeError, an unknown
+    name ValueError.
+    """
+    if name not in NETWORKS:
+        raise ValueError(
+            f"no such network\n  name: {name!r}\n  known: {', '.join(sorted(NETWORKS))}"
+        )
+    return NETWORKS[name](num_classes, **options)

@@ -1,0 +1,72 @@
+"""Backbones by name, and their weights from a local file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segkernels.networks.resnet import RESNETS, ResNet
+from segkernels.networks.xception import Xception65
+from segkernels.nn.separable_conv2d import Norm
+
+NAMES = [*RESNETS, "xception65"]
+
+
+def build_backbone(
+    name: str,
+    *,
+    output_stride: int = 16,
+    in_channels: int = 3,
+    multigrid: Sequence[int] | None = None,
+    width: int | None = None,
+    weights: str | Path | None = None,
+    norm: Norm = nn.BatchNorm2d,
+    backend: str | None = None,
+) -> ResNet | Xception65:
+    """A backbone: image [B, in_channels, H, W] to Features. See :func:`deeplabv3plus`."""
+    if name not in NAMES:
+        raise ValueError(f"no such backbone\n  backbone: {name!r}\n  known: {', '.join(NAMES)}")
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"output_stride is 8, 16 or 32\n  output_stride: {output_stride}")
+    options: dict[str, Any] = {"in_channels": in_channels, "multigrid": multigrid, "norm": norm}
+    if name in RESNETS:
+        backbone: ResNet | Xception65 = ResNet(name, output_stride, width=width or 64, **options)
+    elif width is not None:
+        raise ValueError(f"only ResNets have a width\n  backbone: {name!r}\n  width: {width}")
+    else:
+        backbone = Xception65(output_stride, backend=backend, **options)
+    if weights is not None:
+        load_weights(backbone, weights)
+    return backbone
+
+
+def load_weights(backbone: nn.Module, path: str | Path) -> None:
+    """Loads a backbone's state_dict from a .pth or .safetensors file.
+
+    Wrappers ("state_dict", "model", "module.", "backbone.") are taken off and a classifier
+    ("fc.", "classifier.", "aux_classifier.") is left out. Anything else that is missing, unknown or
+    of another size raises RuntimeError, as ``load_state_dict`` does.
+    """
+    state = _read(Path(path))
+    for wrapper in ("state_dict", "model"):
+        inner = state.get(wrapper)
+        state = inner if isinstance(inner, dict) else state
+    for prefix in ("module.", "backbone."):
+        if any(key.startswith(prefix) for key in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    heads = ("fc.", "classifier.", "aux_classifier.")
+    backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith(heads)})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

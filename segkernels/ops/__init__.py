@@ -1,0 +1,5 @@
+"""The operators: one line each."""
+
+from segkernels.ops.depthwise_conv2d import depthwise_conv2d as depthwise_conv2d
+from segkernels.ops.separable_conv2d import Moments as Moments
+from segkernels.ops.separable_conv2d import separable_conv2d as separable_conv2d

@@ -1,0 +1,151 @@
+"""Sliding windows: what stride, padding and dilation mean, checked once for every convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from segkernels.fused import UnsupportedInputError, memory_format
+
+Pair = tuple[int, int]
+Size = int | Sequence[int]
+Padding = Literal["same"] | Size
+Rates = Size | Sequence[Size]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A k_h x k_w window at R rates; padding and dilation have one pair a rate."""
+
+    kernel: Pair
+    stride: Pair
+    padding: tuple[Pair, ...]
+    dilation: tuple[Pair, ...]
+
+    def output_size(self, height: int, width: int) -> list[Pair]:
+        """(H', W') of every rate: floor((H + 2p - r(k-1) - 1) / s) + 1."""
+
+        def size(n: int, axis: int, rate: int) -> int:
+            reach = self.dilation[rate][axis] * (self.kernel[axis] - 1) + 1
+            return (n + 2 * self.padding[rate][axis] - reach) // self.stride[axis] + 1
+
+        return [(size(height, 0, r), size(width, 1, r)) for r in range(len(self.dilation))]
+
+    def output_map(self, x: Tensor, channels: int) -> Tensor:
+        """An empty [B, channels, H', W'] in x's memory format."""
+        y = x.new_empty(x.shape[0], channels, *self.output_size(x.shape[2], x.shape[3])[0])
+        return torch.empty_like(y, memory_format=memory_format(x))
+
+    def flat(self) -> tuple[list[int], list[int], list[int]]:
+        """stride [2], padding [2R], dilation [2R]: the raw operators' arguments."""
+        return (
+            list(self.stride),
+            [v for p in self.padding for v in p],
+            [v for d in self.dilation for v in d],
+        )
+
+
+def unflatten(
+    w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Window:
+    """The Window of raw arguments; w: [R, C, k_h, k_w]."""
+
+    def pairs(flat: Sequence[int]) -> tuple[Pair, ...]:
+        return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+    return Window((w.shape[2], w.shape[3]), (stride[0], stride[1]), pairs(padding), pairs(dilation))
+
+
+def window(op: str, weight: Tensor, stride: Size, padding: Padding, dilation: Rates) -> Window:
+    """Read the public arguments of a depthwise convolution.
+
+    weight: [C, 1, k_h, k_w] (``dilation`` is then an int or a pair), or [R, C, 1, k_h, k_w]
+    (``dilation`` is a list of R ints or pairs, ``padding`` likewise or one int for all). Raises
+    UnsupportedInputError naming ``op``.
+    """
+    if weight.dim() not in (4, 5):
+        raise UnsupportedInputError(
+            f"{op}: the depthwise weight must be [C, 1, k_h, k_w], or [R, C, 1, k_h, k_w]"
+            f"\n  weight: {list(weight.shape)}"
+        )
+    rates = weight.shape[0] if weight.dim() == 5 else None
+    kernel = (weight.shape[-2], weight.shape[-1])
+    if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
+        raise UnsupportedInputError(
+            f"{op}: the kernel must have odd sides\n  weight: {list(weight.shape)}\n"
+            "  an even kernel has no centre; pad the weight with a zero row and column"
+        )
+    if rates is None:
+        dilations: tuple[Pair, ...] = (_pair(op, "dilation", dilation, 1),)
+    else:
+        if isinstance(dilation, int) or len(dilation) != rates:
+            raise UnsupportedInputError(
+                f"{op}: a weight with {rates} rates needs a list of {rates} dilations"
+                f"\n  dilation: {dilation!r}"
+            )
+        dilations = tuple(_pair(op, "dilation", d, 1) for d in dilation)
+    if rates == 0:
+        raise UnsupportedInputError(
+            f"{op}: the weight has no rates\n  weight: {list(weight.shape)}"
+        )
+    if isinstance(padding, str):
+        if padding != "same":
+            raise UnsupportedInputError(
+                f"{op}: padding is 'same', an int or a pair\n  padding: {padding!r}"
+            )
+        paddings = tuple((r_h * (kernel[0] // 2), r_w * (kernel[1] // 2)) for r_h, r_w in dilations)
+    elif rates is None or isinstance(padding, int):
+        paddings = (_pair(op, "padding", padding, 0),) * len(dilations)
+    else:
+        if len(padding) != rates:
+            raise UnsupportedInputError(
+                f"{op}: padding is 'same', an int or a list of {rates}\n  padding: {padding!r}"
+            )
+        paddings = tuple(_pair(op, "padding", p, 0) for p in padding)
+    return Window(kernel, _pair(op, "stride", stride, 1), paddings, dilations)
+
+
+def check_map(op: str, x: Tensor, weight: Tensor, shape: Window) -> None:
+    """The common checks of x: [B, C, H, W] under depthwise windows [..., C, 1, k_h, k_w]."""
+    if x.dim() != 4:
+        raise UnsupportedInputError(
+            f"{op}: x must have 4 dimensions [B, C, H, W]\n  x: {list(x.shape)}"
+        )
+    if weight.shape[-3] != 1 or weight.shape[-4] != x.shape[1]:
+        raise UnsupportedInputError(
+            f"{op}: the depthwise weight must have one window a channel of x"
+            f"\n  x:      {list(x.shape)}"
+            f"\n  weight: {list(weight.shape)}, expected [..., {x.shape[1]}, 1, k_h, k_w]"
+        )
+    sizes = shape.output_size(x.shape[2], x.shape[3])
+    if any(size != sizes[0] for size in sizes):
+        raise UnsupportedInputError(
+            f"{op}: all rates must give one output size\n  sizes: {sizes}\n  use padding='same'"
+        )
+    if min(sizes[0]) < 1:
+        raise UnsupportedInputError(
+            f"{op}: the window does not fit the padded map"
+            f"\n  x: {list(x.shape)}\n  output size: {list(sizes[0])}"
+            "\n  use padding='same'"
+        )
+
+
+def _pair(op: str, what: str, value: object, least: int) -> Pair:
+    pair = (
+        (value, value)
+        if isinstance(value, int)
+        else tuple(value)
+        if isinstance(value, Sequence)
+        else ()
+    )
+    if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair):
+        raise UnsupportedInputError(
+            f"{op}: {what} must be an int or a pair (rows, columns) of ints\n  {what}: {value!r}"
+        )
+    if min(pair) < least:
+        raise UnsupportedInputError(f"{op}: {what} must be at least {least}\n  {what}: {value!r}")
+    return pair

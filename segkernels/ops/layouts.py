@@ -1,0 +1,168 @@
+"""What the launchers of Triton kernels share: memory layouts, and block sizes chosen from shapes alone.
+
+Nothing here depends on the device or on timing, so results do not either. Blocks of a forward do not depend on
+the batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from segkernels.fused import accumulation_dtype, memory_format
+
+# (center, scale, shift) of (t − center)·scale + shift, per channel; a None is left out
+Normaliser = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def triton_type(x: torch.Tensor) -> tl.dtype:
+    """The type that sums over elements of x are kept in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    return memory_format(x) == torch.channels_last
+
+
+def dense(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return t.contiguous(memory_format=layout)
+
+
+def readable(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """t itself where its last axis in memory is dense (or repeats one number), else a copy in the layout."""
+    axis = 1 if channels_last else 3
+    if t.size(axis) == 1 or t.stride(axis) in (0, 1):
+        return t
+    return dense(t, channels_last)
+
+
+def pixel_map(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """readable, and with pixels at one distance from each other, so that a map is [B, C, N]."""
+    t = readable(t, channels_last)
+    if t.size(2) == 1 or t.stride(2) == t.size(3) * t.stride(3):
+        return t
+    return dense(t, channels_last)
+
+
+def map_strides(t: torch.Tensor) -> tuple[int, int, int]:
+    """Distances from sample to sample, channel to channel, pixel to pixel of a pixel_map."""
+    return t.stride(0), t.stride(1), t.stride(3) if t.size(3) > 1 else t.stride(2)
+
+
+def empty_map(x: torch.Tensor, channels: int, size: Sequence[int]) -> torch.Tensor:
+    """An unwritten [B, channels, H, W] of x's batch, type and memory format."""
+    shape = (x.size(0), channels, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def partial_sums(
+    x: torch.Tensor, number: int, tile_count: int, channels: int
+) -> list[torch.Tensor]:
+    """Unwritten [tiles, channels] in the accumulation type, to be summed in order."""
+    return [
+        x.new_empty((tile_count, channels), dtype=accumulation_dtype(x.dtype))
+        for _ in range(number)
+    ]
+
+
+def rate_geometry(padding: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """(p_h, p_w, r_h, r_w) of every rate, in a row: what `pick` reads."""
+    pairs = zip(padding[::2], padding[1::2], dilation[::2], dilation[1::2], strict=True)
+    return tuple(number for pair in pairs for number in pair)
+
+
+def taps_major(w: torch.Tensor) -> torch.Tensor:
+    """[R, C, KH, KW] as [R, KH·KW, C]: neighbouring channels of a tap lie side by side."""
+    return w.flatten(2).transpose(1, 2).contiguous()
+
+
+def channels_major(w: torch.Tensor, KH: int, KW: int) -> torch.Tensor:
+    """The way back: [R, KH·KW, C] as [R, C, KH, KW]."""
+    return w.transpose(1, 2).contiguous().unflatten(2, (KH, KW))
+
+
+def tile_shape(
+    channels: int, pixels: int, itemsize: int, channels_last: bool, elements: int
+) -> tuple[int, int]:
+    """(BLOCK_N, BLOCK_C) of about `elements` numbers, at least a 128-byte line along the dense axis."""
+    if channels_last:
+        block_c = min(triton.next_power_of_2(channels), 128 // itemsize)
+        return min(triton.next_power_of_2(pixels), max(elements // block_c, 1)), block_c
+    block_n = min(triton.next_power_of_2(pixels), 256, elements)
+    return block_n, min(triton.next_power_of_2(channels), elements // block_n)
+
+
+def alignment(*strides: int) -> int:
+    """The largest power of two up to 16 that divides all of them."""
+    return math.gcd(16, *strides)
+
+
+def backward_walk(
+    x: torch.Tensor, taps: int, pixels: int, channels_last: bool
+) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_C, tiles per program) of the depthwise backward.
+
+    A thread keeps one sum per tap and element: 8 elements for 3×3, fewer for more taps. A walk of 8 to 32 tiles keeps the
+    shares of dw small beside the maps, and the programs many.
+    """
+    taps *= 2 if x.dtype == torch.float64 else 1
+    per_thread = 8 if taps <= 12 else 4 if taps <= 27 else 2 if taps <= 36 else 1
+    block_n, block_c = tile_shape(
+        x.size(1), pixels, x.element_size(), channels_last, 128 * per_thread
+    )
+    programs = x.size(0) * triton.cdiv(pixels, block_n) * triton.cdiv(x.size(1), block_c)
+    return block_n, block_c, min(32, max(8, triton.next_power_of_2(programs // 2048 + 1)))
+
+
+def fit(size: int, most: int) -> int:
+    """A block that covers `size`, at least the 16 that a matrix instruction needs."""
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
+def product_shape(
+    dtype: torch.dtype, pixels: int, summed: int, made: int, widest: int
+) -> tuple[int, int, int, int]:
+    """(BLOCK_N, block of the summed channels, block of the made channels, warps) of a product over channels."""
+    if dtype == torch.float64:
+        return 16, 16, 16, 4
+    if dtype == torch.float32:
+        return fit(pixels, 64), 16, fit(made, 64), 8
+    made = fit(made, widest)
+    return fit(pixels, 64), fit(summed, 32), made, 8 if made >= 128 else 4
+
+
+def outer_product_shape(
+    dtype: torch.dtype, pixels: int, columns: int, rows: int, channels_last: bool
+) -> tuple[int, int, int, int]:
+    """(BLOCK_N, block of columns, block of rows, warps) of a product that sums over pixels."""
+    if dtype == torch.float64:
+        return 16, 16, 16, 4
+    if dtype == torch.float32:
+        return 16, fit(columns, 64), fit(rows, 64), 8
+    return fit(pixels, 64), fit(columns, 128 if channels_last else 64), fit(rows, 128), 8
+
+
+def normaliser(
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float | None,
+) -> Normaliser:
+    if eps is None:
+        return None, gamma, beta
+    scale = (var + eps).rsqrt()
+    return mean, scale if gamma is None else gamma * scale, beta
+
+
+def standardised_means(
+    sums: list[torch.Tensor], var: torch.Tensor, eps: float, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ g/n and Σ g·(t − center)/(n·(var + eps)): what the moments' own gradient takes away."""
+    count = max(count, 1)
+    return sums[0] / count, sums[1] / (count * (var + eps))

@@ -1,0 +1,137 @@
+"""Training and evaluation of segmentation networks: one loop, for a network that maps images to logits.
+
+A run is decided by its seed: the order of the samples and their flips come from a generator of their own, and
+PyTorch's generator (dropout) is seeded for the run and put back afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from segkernels.metrics import confusion_matrix
+
+IGNORE = 255  # a pixel with this label has no loss and no score
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The learning rate rises over `warmup` steps and falls as (1 − step/steps)^power ("poly")."""
+
+    steps: int
+    batch: int = 16
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    power: float = 0.9
+    warmup: int = 20
+    flip: bool = True  # mirror and transpose batches at random
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (0 ≤ step < steps)."""
+        rise = min(1.0, (step + 1) / max(self.warmup, 1))
+        return self.learning_rate * rise * (1 - step / self.steps) ** self.power
+
+    def optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser; norms and biases (one-dimensional) do not decay."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(groups, self.learning_rate)
+        return torch.optim.SGD(groups, self.learning_rate, self.momentum, nesterov=True)
+
+
+def train(
+    model: nn.Module,
+    data: Dataset[tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Minimise the cross entropy of `model` on `data`, in place; returns the loss of every step.
+
+    model: images [B, 3, H, W] to logits [B, K, H, W]; it is left in training mode, where its parameters are.
+    data: pairs of image [3, H, W] and label [H, W] (int64; 255 is ignored). report(step, loss) is called after every step.
+
+    Raises:
+        FloatingPointError: the loss is no longer a number; the model is what diverged.
+    """
+    device = next(model.parameters()).device
+    optimiser, losses = recipe.optimiser(model), []
+    model.train()
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(recipe.seed)
+        for step, (images, labels) in enumerate(_batches(data, recipe)):
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.rate(step)
+            logits = model(images.to(device, memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits, labels.to(device), ignore_index=IGNORE)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(
+                    f"the loss became {losses[-1]} at step {step}\n"
+                    f"  learning rate: {recipe.rate(step):.3g}; a lower one may help"
+                )
+            report(step, losses[-1])
+    return losses
+
+
+def _batches(
+    data: Dataset[tuple[Tensor, Tensor]], recipe: Recipe
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`recipe.steps` batches: passes over the data in random order, each batch mirrored one of eight ways."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    loader = DataLoader(data, recipe.batch, shuffle=True, drop_last=True, generator=generator)
+    if len(loader) == 0:
+        raise ValueError(f"a batch of {recipe.batch} needs at least as many samples")
+    for step in range(recipe.steps):
+        if step % len(loader) == 0:
+            epoch = iter(loader)
+        images, labels = next(epoch)
+        if recipe.flip:
+            ways = torch.randint(8, (), generator=generator).item()
+            images, labels = _mirror(images, ways), _mirror(labels, ways)
+        yield images, labels
+
+
+def _mirror(maps: Tensor, ways: float) -> Tensor:
+    """One of the eight symmetries of the square (four of a map that is not square)."""
+    if int(ways) & 1:
+        maps = maps.flip(-1)
+    if int(ways) & 2:
+        maps = maps.flip(-2)
+    return maps.mT if int(ways) & 4 and maps.shape[-1] == maps.shape[-2] else maps
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
+    """Classes [B, H, W] of images [B, 3, H, W], in evaluation mode; the model's own mode is kept."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        classes = [
+            model(part.to(device, memory_format=torch.channels_last)).argmax(1).cpu()
+            for part in images.split(batch)
+        ]
+    finally:
+        model.train(training)
+    return torch.cat(classes)
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Confusion matrix [K, K] (`segkernels.metrics.scores` reads it) of a model on images and labels."""
+    return confusion_matrix(predict(model, images), labels, num_classes, IGNORE)

@@ -1,0 +1,127 @@
+"""ASPP and DeepLabV3PlusHead: against their definition, and how often the operator is called."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segkernels.nn import ASPP, DeepLabV3PlusHead, SeparableConv2d, chain, pair
+from tests.nn.composition import agree, close, composed, scramble
+
+SYNCHRONISED = nn.SyncBatchNorm.convert_sync_batchnorm
+
+
+class Plain(nn.Module):
+    """The definition: branches, image pooling, concatenation, projection."""
+
+    def __init__(self, aspp: ASPP) -> None:
+        super().__init__()
+        copied = copy.deepcopy(aspp)
+        self.branches = nn.ModuleList(
+            composed(b) if isinstance(b, SeparableConv2d) else b for b in copied.branches
+        )
+        self.pool, self.project = copied.pool, copied.project
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [branch(x) for branch in self.branches]
+        if self.pool is not None:
+            maps.append(F.interpolate(self.pool(x), x.shape[-2:], mode="bilinear"))
+        return self.project(torch.cat(maps, 1))
+
+
+def image() -> Tensor:
+    return torch.randn(3, 6, 11, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rates of every call of the operators."""
+    rates: list[int] = []
+    for name in ("separable_conv2d", "depthwise_conv2d"):
+        operator = getattr(pair, name)
+
+        def counted(
+            x: Tensor, w: Tensor, *args: Any, operator: Any = operator, **options: Any
+        ) -> Any:
+            rates.append(w.shape[0] if w.dim() == 5 else 1)
+            return operator(x, w, *args, **options)
+
+        monkeypatch.setattr(pair, name, counted)
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [3]),
+        ({"rates": (1, (18, 15), (6, 3), (6, 21), 40)}, [5]),
+        ({"separable": False}, []),
+        ({"image_pooling": False}, [3]),
+        ({"norm": None}, [3]),
+        ({"activation": nn.SiLU}, [3]),
+    ],
+    ids=lambda value: str(value),
+)
+def test_aspp_equals_its_definition(
+    options: dict[str, Any], expected: list[int], calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    aspp = ASPP(6, 4, dropout=0.0, **options).double()
+    scramble(aspp)
+    agree(aspp, Plain(aspp), image())
+    assert calls == expected * 3
+
+
+def test_synchronised_norms_still_share_the_depthwise_call(calls: list[int]) -> None:
+    torch.manual_seed(0)
+    aspp = ASPP(6, 4, dropout=0.0).double()
+    other = Plain(aspp)
+    agree(SYNCHRONISED(aspp), other, image(), steps=1)
+    assert calls == [3, 3]
+
+
+def test_branches_of_different_kinds_do_not_share(calls: list[int]) -> None:
+    torch.manual_seed(0)
+    aspp = ASPP(6, 4, dropout=0.0).double()
+    aspp.branches[2].inner_norm.eval()
+    agree(aspp, Plain(aspp), image(), steps=1)
+    assert calls == [1, 1, 1, 3]
+
+
+def test_pads_by_hand() -> None:
+    conv = nn.Conv2d(6, 6, 3, dilation=2, groups=6).double()
+    both = chain.run(image(), [pair.Pad(2, 2), conv, nn.Identity()])
+    close(
+        both,
+        F.conv2d(F.pad(image(), (2, 2, 2, 2)), conv.weight, conv.bias, dilation=2, groups=6),
+        1e-12,
+    )
+    close(chain.run(image(), [pair.Pad(1, 2)]), F.pad(image(), (2, 2, 1, 1)), 0.0)
+
+
+@pytest.mark.parametrize("separable", [True, False])
+@pytest.mark.parametrize("refinements", [0, 1, 2])
+def test_head_shapes(separable: bool, refinements: int) -> None:
+    head = DeepLabV3PlusHead(
+        6, 5, 4, channels=8, low_level_width=3, separable=separable, refinements=refinements
+    )
+    logits = head(torch.randn(2, 5, 17, 13), torch.randn(2, 6, 5, 4))
+    assert logits.shape == (2, 4, 17, 13)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in head.parameters())
+
+
+@pytest.mark.compile
+def test_aspp_compiles_in_one_graph() -> None:
+    torch.manual_seed(0)
+    aspp = ASPP(6, 4, dropout=0.0).double()
+    other = copy.deepcopy(aspp)
+    compiled = torch.compile(aspp, backend="aot_eager", fullgraph=True)
+    close(compiled(image()), other(image()), 1e-12)
+    for a, b in zip(aspp.buffers(), other.buffers(), strict=True):
+        close(a, b, 1e-12)

@@ -1,0 +1,199 @@
+"""SeparableConv2d and DepthwiseConv2d against the same layers composed of torch's modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segkernels.nn import DepthwiseConv2d, SeparableConv2d, pair
+from tests.nn.composition import agree, close, composed, plain, scramble
+
+group_norm = partial(nn.GroupNorm, 2)
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "xception": {"inner_activation": None, "outer_activation": None},
+    "relu6": {"inner_activation": "relu6", "outer_activation": "relu6"},
+    "nothing between": {"inner_norm": None, "inner_activation": None},
+    "no norms": {"inner_norm": None, "outer_norm": None},
+    "bias before norms": {"bias": True},
+    "inner group norm": {"inner_norm": group_norm},
+    "outer group norm": {"outer_norm": group_norm},
+    "gelu": {"inner_activation": nn.GELU},
+    "leaky": {"outer_activation": nn.LeakyReLU},
+    "stride 2, 5x5": {"stride": 2, "kernel_size": 5},
+    "anisotropic": {"dilation": (6, 2), "kernel_size": (3, 5)},
+    "valid padding": {"padding": 0},
+    "cumulative average": {"inner_norm": partial(nn.BatchNorm2d, momentum=None)},
+    "no running statistics": {"outer_norm": partial(nn.BatchNorm2d, track_running_stats=False)},
+    "not affine": {"inner_norm": partial(nn.BatchNorm2d, affine=False), "bias": True},
+    "momentum, eps": {"outer_norm": partial(nn.BatchNorm2d, momentum=0.7, eps=1e-2)},
+}
+
+
+def make(**options: Any) -> SeparableConv2d:
+    torch.manual_seed(0)
+    layer = SeparableConv2d(6, 8, **options).double()
+    scramble(layer)
+    return layer
+
+
+def image(batch: int = 2) -> Tensor:
+    return torch.randn(
+        batch, 6, 11, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_the_composition(name: str) -> None:
+    layer = make(**LAYERS[name])
+    agree(layer, composed(layer), image())
+
+
+@pytest.mark.parametrize("frozen", ["inner_norm", "outer_norm"])
+def test_a_norm_in_eval_mode_inside_a_training_layer(frozen: str) -> None:
+    layer = make()
+    getattr(layer, frozen).eval()
+    other = composed(layer)
+    before = {name: b.clone() for name, b in getattr(layer, frozen).named_buffers()}
+    agree(layer, other, image(), steps=1)
+    assert all(torch.equal(before[n], b) for n, b in getattr(layer, frozen).named_buffers())
+
+
+@pytest.mark.parametrize("part", ["depthwise", "inner_norm", "pointwise", "outer_activation"])
+def test_hooks_on_parts_run(part: str) -> None:
+    layer = make()
+    other = composed(layer)
+    seen: list[Tensor] = []
+    getattr(layer, part).register_forward_hook(lambda module, args, out: seen.append(out))
+    agree(layer, other, image(), steps=1)
+    assert len(seen) == 2  # one training step, one evaluation
+
+
+def test_sync_batch_norm_conversion() -> None:
+    layer = make()
+    other = composed(layer)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    assert converted is layer and isinstance(layer.inner_norm, nn.SyncBatchNorm)
+    agree(layer, other, image())
+
+
+def test_parametrised_convolution() -> None:
+    layer = make()
+    torch.nn.utils.parametrizations.weight_norm(layer.pointwise)
+    layer(image()).sum().backward()
+    assert layer.pointwise.parametrizations.weight.original1.grad is not None
+
+
+def test_one_value_per_channel() -> None:
+    layer = make(stride=2)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(torch.randn(1, 6, 1, 1, dtype=torch.float64))
+    layer.eval()(torch.randn(1, 6, 1, 1, dtype=torch.float64))
+
+
+def test_empty_batch() -> None:
+    layer = make().eval()
+    assert layer(image()[:0]).shape == (0, 8, 11, 9)
+
+
+def test_channels_last_stays() -> None:
+    y = make()(image().to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_copies_and_checkpoints() -> None:
+    layer = make().eval()
+    expected = layer(image())
+    close(copy.deepcopy(layer)(image()), expected, 1e-15)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    close(torch.load(file, weights_only=False)(image()), expected, 1e-15)
+    fresh = SeparableConv2d(6, 8).double().eval()
+    fresh.load_state_dict(layer.state_dict(), strict=True)
+    close(fresh(image()), expected, 1e-15)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast(training: bool) -> None:
+    torch.manual_seed(0)
+    layer = SeparableConv2d(6, 8).train(training)
+    other = composed(layer)
+    x = image().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = layer(x), other(x)
+    assert got.dtype == torch.bfloat16
+    close(got, expected, 3e-2)
+    got.float().sum().backward()
+    assert layer.inner_norm.running_mean.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_in_one_graph_and_once(training: bool) -> None:
+    layer = make().train(training)
+    other = copy.deepcopy(layer)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for _ in range(3):
+        x = image().requires_grad_()
+        got, expected = compiled(x), other(image())
+        close(got, expected, 1e-12)
+        got.sum().backward()
+        for a, b in zip(layer.buffers(), other.buffers(), strict=True):
+            close(a, b, 1e-12)
+    assert counter.frame_count == 1
+
+
+def test_backend_travels_and_is_shown() -> None:
+    layer = make(backend="reference")
+    assert "backend='reference'" in repr(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an explicit reference is no fallback
+        layer(image())
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, (5, 3), 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_equals_conv2d(kernel_size: Any, stride: int) -> None:
+    torch.manual_seed(0)
+    layer = DepthwiseConv2d(6, kernel_size, stride, dilation=(2, 3)).double()
+    assert isinstance(layer, nn.Conv2d)
+    agree(layer, plain(layer), image(), steps=1)
+    assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("make_layer", "message"),
+    [
+        (lambda: DepthwiseConv2d(4, 2), "odd sides"),
+        (lambda: DepthwiseConv2d(4, padding="full"), "padding is"),
+        (lambda: SeparableConv2d(4, 4, inner_activation="swish"), "activation is one of"),
+    ],
+)
+def test_bad_arguments(make_layer: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_layer()
+
+
+def test_what_cannot_be_fused_says_why() -> None:
+    assert (
+        pair.depthwise_obstacle(nn.Conv2d(4, 4, 3, groups=2))
+        == "not depthwise: 4 to 4 channels in 2 groups"
+    )
+    assert "odd" in (pair.depthwise_obstacle(nn.Conv2d(4, 4, 2, groups=4)) or "")
+    assert "reflect" in (
+        pair.depthwise_obstacle(nn.Conv2d(4, 4, 3, groups=4, padding_mode="reflect")) or ""
+    )
+    assert pair.pointwise_obstacle(nn.Conv2d(4, 4, 1, stride=2)) == "not a plain 1x1 convolution"
+    assert pair.norm_obstacle(nn.SyncBatchNorm(4)) == "SyncBatchNorm is not a BatchNorm2d"
+    assert pair.depthwise_obstacle(nn.Conv2d(4, 4, 3, groups=4)) is None

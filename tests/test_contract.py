@@ -1,0 +1,383 @@
+"""What every operator promises, on every backend: one suite, no list to edit.
+
+Each test takes an operator, a fused backend that can run here, and the operator's awkward cases.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.utils._python_dispatch
+from torch import Tensor
+
+import segkernels
+from segkernels import fused, tolerance
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+FUSED = tuple(b for b in fused.BACKENDS if b != "reference")
+
+
+def _cases(name: str) -> tuple[Any, ...]:
+    module = importlib.import_module(f"{fused.OPERATORS[name].package}.cases")
+    return tuple(module.AWKWARD)
+
+
+OPERATORS = tuple(fused.OPERATORS)
+CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPERATORS for case in _cases(op)]
+
+
+@pytest.fixture(params=FUSED)
+def backend(request: pytest.FixtureRequest, device: str) -> str:
+    name: str = request.param
+    reason = fused.OPERATORS[OPERATORS[0]].reasons(torch.empty(0, 0, 0, 0, device=device), *_KERNEL)
+    if reason[name] is not None:
+        pytest.skip(f"{name}: {reason[name]}")
+    return name
+
+
+# The raw arguments after x, as far as an operator's limits look at them: a 3x3 window of stride 1.
+_KERNEL = (torch.empty(1, 1, 3, 3), None, [1, 1], [1, 1], [1, 1])
+
+
+def call(op: str, inputs: dict[str, Any], backend: str) -> Tensor:
+    """The public function, under the name of its operator."""
+    out: Tensor = getattr(segkernels, op)(**inputs, backend=backend)
+    return out
+
+
+def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+
+
+def widened(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {n: v.double() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+
+
+def with_gradients(
+    op: str, inputs: dict[str, Any], backend: str, cotangent: Tensor
+) -> dict[str, Tensor]:
+    """The result "y" and the gradient of every tensor argument for one cotangent."""
+    inputs = {
+        n: v.detach().requires_grad_() if isinstance(v, Tensor) else v for n, v in inputs.items()
+    }
+    y = call(op, inputs, backend)
+    named = leaves(inputs)
+    gradients = torch.autograd.grad(y, list(named.values()), cotangent.to(y.dtype))
+    return {"y": y.detach(), **dict(zip((f"d{n}" for n in named), gradients, strict=True))}
+
+
+def cotangent_like(op: str, inputs: dict[str, Any], seed: int = 1) -> Tensor:
+    """A random cotangent in the layout of the result, exactly representable in 16 bits."""
+    y = call(op, inputs, "reference")
+    drawn = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    return (
+        drawn.to(y.device)
+        .to(torch.float16)
+        .to(y.dtype)
+        .contiguous(memory_format=fused.memory_format(y))
+    )
+
+
+def assert_lawful(
+    got: dict[str, Tensor],
+    yardstick: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    case: Any,
+    dtype: torch.dtype,
+) -> None:
+    for name in truth:
+        assert got[name].dtype == yardstick[name].dtype, name
+        assert got[name].shape == yardstick[name].shape, name
+        if truth[name].numel() == 0:
+            continue
+        err, allowed = tolerance.verdict(
+            got[name], yardstick[name], truth[name], dtype, case.reduction
+        )
+        assert err <= allowed, f"{name}: error {err:.3g} > {allowed:.3g} allowed"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_no_worse_than_the_reference(
+    op: str, case: Any, dtype: torch.dtype, layout: str, backend: str, device: str
+) -> None:
+    """Result and gradients obey the law of tolerance in every type and layout."""
+    inputs = case.inputs(dtype, LAYOUTS[layout], device, kinks=dtype.itemsize > 2)
+    dy = cotangent_like(op, inputs)
+    truth = with_gradients(op, widened(inputs), "reference", dy)
+    yardstick = with_gradients(op, inputs, "reference", dy)
+    got = with_gradients(op, inputs, backend, dy)
+    assert_lawful(got, yardstick, truth, case, dtype)
+
+
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_gradcheck(op: str, case: Any, backend: str, device: str) -> None:
+    """Against central differences in float64, every argument at once along random directions."""
+    inputs = case.inputs(torch.float64, torch.channels_last, device)
+    named = {n: v.requires_grad_() for n, v in leaves(inputs).items()}
+    if inputs["x"].numel() == 0:
+        pytest.skip("nothing to differentiate")
+
+    def f(*values: Tensor) -> Tensor:
+        return call(op, inputs | dict(zip(named, values, strict=True)), backend)
+
+    assert torch.autograd.gradcheck(f, tuple(named.values()), fast_mode=True)
+
+
+def _transposed(dy: Tensor) -> Tensor:
+    return dy.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def _other_format(dy: Tensor) -> Tensor:
+    last = fused.memory_format(dy) == torch.channels_last
+    return dy.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
+
+
+def _sliced(dy: Tensor) -> Tensor:
+    wide = dy.new_full(
+        (dy.shape[0], dy.shape[1] + 3, dy.shape[2] + 1, dy.shape[3] + 2), float("nan")
+    )
+    wide[:, 1:-2, 1:, 1:-1] = dy
+    return wide[:, 1:-2, 1:, 1:-1]
+
+
+def _channel_sliced(dy: Tensor) -> Tensor:
+    """What the backward of a concatenation hands over in channels_last."""
+    wide = dy.new_full((dy.shape[0], dy.shape[1] + 3, *dy.shape[2:]), float("nan"))
+    wide = wide.contiguous(memory_format=torch.channels_last)
+    wide[:, 2:-1] = dy
+    return wide[:, 2:-1]
+
+
+def _expanded(dy: Tensor) -> Tensor:
+    return dy[:1, :1, :1, :1].expand(dy.shape)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    f.__name__.strip("_"): f
+    for f in (_transposed, _other_format, _sliced, _channel_sliced, _expanded)
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_strided_cotangents(op: str, view: str, layout: str, backend: str, device: str) -> None:
+    """A backward that assumes a contiguous cotangent passes gradcheck and opcheck; not this."""
+    case = next(c for c in _cases(op) if c.name == "several_rates")
+    inputs = case.inputs(torch.float64, LAYOUTS[layout], device)
+    dy = VIEWS[view](cotangent_like(op, inputs))
+    dense = with_gradients(op, inputs, backend, dy.contiguous())
+    strided = with_gradients(op, inputs, backend, dy)
+    for name, expected in dense.items():
+        torch.testing.assert_close(strided[name], expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_strided_inputs(op: str, view: str, layout: str, backend: str, device: str) -> None:
+    """Any strides of x: the same result and gradients as for a dense copy of it."""
+    case = next(c for c in _cases(op) if c.name == "several_rates")
+    inputs = case.inputs(torch.float64, LAYOUTS[layout], device)
+    x = VIEWS[view](inputs["x"])
+    dy = cotangent_like(op, inputs)
+    dense = with_gradients(op, inputs | {"x": x.contiguous()}, backend, dy)
+    viewed = with_gradients(op, inputs | {"x": x}, backend, dy)
+    for name, expected in dense.items():
+        torch.testing.assert_close(viewed[name], expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_every_element_is_written(
+    op: str, case: Any, layout: str, backend: str, device: str
+) -> None:
+    """With outputs and workspaces full of NaN, none is left."""
+    inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
+    dy = cotangent_like(op, inputs)
+    with poisoned_memory():
+        got = with_gradients(op, inputs, backend, dy)
+    for name, value in got.items():
+        assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_bitwise_reproducible(
+    op: str, case: Any, dtype: torch.dtype, layout: str, backend: str, device: str
+) -> None:
+    """Two runs, and runs with other numbers of threads, agree to the last bit."""
+    inputs = case.inputs(dtype, LAYOUTS[layout], device)
+    dy = cotangent_like(op, inputs)
+    first = with_gradients(op, inputs, backend, dy)
+    for threads in (2, 1, 3):
+        torch.set_num_threads(threads)
+        again = with_gradients(op, inputs, backend, dy)
+        for name, value in first.items():
+            assert torch.equal(again[name], value), f"{name} with {threads} threads"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_independent_of_the_batch(
+    op: str, case: Any, layout: str, backend: str, device: str
+) -> None:
+    """The result of an image does not depend on its companions (unless its moments are theirs)."""
+    if case.shape[0] < 2 or any(getattr(case, "eps", ())):
+        pytest.skip("one image, or the batch's own moments")
+    inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
+    together = call(op, inputs, backend)
+    last = inputs["x"][-1:].contiguous(memory_format=LAYOUTS[layout])
+    assert torch.equal(call(op, inputs | {"x": last}, backend), together[-1:])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_nan_and_inf_propagate(
+    op: str, layout: str, value: float, backend: str, device: str
+) -> None:
+    """One bad pixel spoils exactly what it spoils in the reference."""
+    for name in ("odd_channels", "several_rates"):
+        case = next(c for c in _cases(op) if c.name == name)
+        inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
+        inputs["x"][0, 1, 3, 4] = value
+        got, expected = call(op, inputs, backend), call(op, inputs, "reference")
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_memory_format_is_kept(op: str, layout: str, backend: str, device: str) -> None:
+    case = next(c for c in _cases(op) if c.name == "several_rates")
+    inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
+    got = with_gradients(op, inputs, backend, cotangent_like(op, inputs))
+    assert got["y"].is_contiguous(memory_format=LAYOUTS[layout])
+    assert got["dx"].is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_partial_gradients(op: str, case: Any, backend: str, device: str) -> None:
+    """A gradient is the same whether or not the others are asked for."""
+    inputs = case.inputs(torch.float32, torch.channels_last, device)
+    dy = cotangent_like(op, inputs)
+    full = with_gradients(op, inputs, backend, dy)
+    for name in leaves(inputs):
+        leaf = inputs[name].detach().requires_grad_()
+        y = call(op, inputs | {name: leaf}, backend)
+        (alone,) = torch.autograd.grad(y, leaf, dy)
+        assert torch.equal(alone, full[f"d{name}"]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_opcheck(op: str, case: Any, layout: str, backend: str, device: str) -> None:
+    """PyTorch's own checks of the raw operators: schema, shapes and strides of the fake kernels."""
+    inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
+    seen: list[tuple[Any, tuple[Any, ...]]] = []
+    operator = fused.OPERATORS[op]
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.namespace.startswith("segkernels"):
+                seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        with_gradients(op, inputs, backend, cotangent_like(op, inputs))
+    assert [f for f, _ in seen] == [operator.raw(backend), operator.raw(backend, backward=True)]
+    for func, args in seen:
+        torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> None:
+    inputs = _cases(op)[1].inputs(torch.float32, torch.channels_last, device)
+    inputs["x"].requires_grad_()
+    y = call(op, inputs, backend)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_compiles_whole(op: str, dynamic: bool, backend: str, device: str) -> None:
+    """Compiled as one graph, forward and backward; with dynamic shapes, without recompiling."""
+    case = next(c for c in _cases(op) if c.name == "several_rates")
+    inputs = case.inputs(torch.float32, torch.channels_last, device)
+    dy = cotangent_like(op, inputs)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def f(**arguments: Any) -> Tensor:
+        return call(op, arguments, backend) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend=counter)
+    for rows in (11, 9, 7) if dynamic else (11, 11):
+        x = inputs["x"][:, :, :rows].contiguous(memory_format=torch.channels_last)
+        part = dy[:, :, :rows].contiguous(memory_format=torch.channels_last)
+        named = {n: v.detach().requires_grad_() for n, v in leaves(inputs | {"x": x}).items()}
+        y = compiled(**(inputs | named))
+        got = torch.autograd.grad(y, list(named.values()), part)
+        expected = with_gradients(op, inputs | {"x": x}, backend, 2 * part)
+        assert torch.equal(y, 2 * expected.pop("y"))
+        for (name, e), g in zip(expected.items(), got, strict=True):
+            torch.testing.assert_close(g, e, msg=name)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("op", OPERATORS)
+def test_exports(op: str, backend: str, device: str) -> None:
+    inputs = _cases(op)[1].inputs(torch.float32, torch.channels_last, device)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(op, inputs | {"x": x}, backend)
+
+    program = torch.export.export(Layer(), (inputs["x"],))
+    assert torch.equal(program.module()(inputs["x"]), Layer()(inputs["x"]))
+    assert fused.OPERATORS[op].raw(backend) in {n.target for n in program.graph.nodes}
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_autocast(op: str, low: torch.dtype, backend: str, device: str) -> None:
+    """Under autocast a float32 call equals the call on maps and weights cast by hand."""
+    inputs = next(c for c in _cases(op) if c.name == "odd_channels").inputs(
+        torch.float32, torch.channels_last, device
+    )
+    dy = cotangent_like(op, inputs)
+    with torch.autocast(device, low):
+        got = with_gradients(op, inputs, backend, dy)
+    assert got["y"].dtype == low
+    wide = {n for n in inputs if n.endswith(("scale", "shift"))}
+    cast = {
+        n: v if n in wide or not isinstance(v, Tensor) else v.to(low) for n, v in inputs.items()
+    }
+    by_hand = with_gradients(op, cast, backend, dy)
+    for name, value in by_hand.items():
+        assert torch.equal(got[name].to(value.dtype), value), name
+        assert name == "y" or got[name].dtype == torch.float32, name

@@ -1,0 +1,145 @@
+"""Bad input: nothing is computed; the message says what was asked and what is possible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import segkernels
+from segkernels import fused, native
+
+X = torch.zeros(2, 4, 6, 5)
+W = torch.zeros(4, 1, 3, 3)
+V = torch.zeros(3, 4, 1, 1)
+
+
+def depthwise(**changed: Any) -> torch.Tensor:
+    return segkernels.depthwise_conv2d(**({"x": X, "weight": W} | changed))
+
+
+def separable(**changed: Any) -> Any:
+    call = {"x": X, "depthwise_weight": W, "pointwise_weight": V}
+    return segkernels.separable_conv2d(**(call | changed))
+
+
+SEVERAL = torch.zeros(2, 4, 1, 3, 3)
+
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "map of rank 3": (depthwise, {"x": X[0]}, r"4 dimensions.*\n.*x: \[4, 6, 5\]"),
+    "weight of rank 3": (depthwise, {"weight": W[0]}, r"\[C, 1, k_h, k_w\].*\n.*\[1, 3, 3\]"),
+    "other channels": (
+        depthwise,
+        {"weight": W[:3]},
+        r"one window a channel.*\n.*\n.*\[3, 1, 3, 3\]",
+    ),
+    "grouped weight": (depthwise, {"weight": torch.zeros(4, 2, 3, 3)}, "one window a channel"),
+    "even kernel": (depthwise, {"weight": torch.zeros(4, 1, 2, 3)}, "odd sides"),
+    "rate zero": (depthwise, {"dilation": 0}, r"dilation must be at least 1\n.*dilation: 0"),
+    "negative rate": (depthwise, {"dilation": (2, -1)}, r"at least 1\n.*\(2, -1\)"),
+    "fractional rate": (depthwise, {"dilation": 1.5}, "int or a pair"),
+    "stride zero": (depthwise, {"stride": 0}, "stride must be at least 1"),
+    "negative padding": (depthwise, {"padding": -1}, "padding must be at least 0"),
+    "unknown padding": (depthwise, {"padding": "valid"}, r"'same', an int or a pair\n.*'valid'"),
+    "three numbers": (depthwise, {"dilation": (1, 2, 3)}, "int or a pair"),
+    "window beyond the map": (depthwise, {"padding": 0, "dilation": 9}, "does not fit"),
+    "integers": (depthwise, {"x": X.long(), "weight": W.long()}, r"floating point.*\n.*int64"),
+    "complex": (depthwise, {"x": X.cfloat(), "weight": W.cfloat()}, "floating point"),
+    "two types": (depthwise, {"weight": W.bfloat16()}, r"different types\n.*float32.*\n.*bfloat16"),
+    "two devices": (depthwise, {"weight": W.to("meta")}, r"one device\n.*cpu\n.*meta"),
+    "not a tensor": (depthwise, {"weight": [1.0]}, r"weight must be a tensor\n.*list"),
+    "bias of other length": (depthwise, {"bias": torch.zeros(3)}, r"one value a channel"),
+    "several rates, one dilation": (depthwise, {"weight": SEVERAL}, "needs a list of 2 dilations"),
+    "no rates": (depthwise, {"weight": SEVERAL[:0], "dilation": []}, "no rates"),
+    "rates of other sizes": (
+        depthwise,
+        {"weight": SEVERAL, "dilation": [1, 2], "padding": 2},
+        "one output size",
+    ),
+    "unknown backend": (depthwise, {"backend": "cuda"}, r"no backend named 'cuda'\n.*native"),
+    "pointwise of other channels": (separable, {"pointwise_weight": V[:, :3]}, "must be 1x1"),
+    "pointwise 3x3": (separable, {"pointwise_weight": torch.zeros(3, 4, 3, 3)}, "must be 1x1"),
+    "pointwise without rates": (
+        separable,
+        {"depthwise_weight": SEVERAL, "dilation": [1, 2]},
+        "one a rate",
+    ),
+    "scale of other length": (separable, {"inner_scale": torch.ones(3)}, "inner scale must have 4"),
+    "shift of other length": (separable, {"outer_shift": torch.ones(4)}, "outer shift must have 3"),
+    "unknown activation": (separable, {"outer_activation": "gelu"}, r"'relu' or 'relu6'\n.*'gelu'"),
+    "bias under standardisation": (
+        separable,
+        {"depthwise_bias": torch.zeros(4), "inner_eps": 1e-5},
+        "has no effect",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name: str) -> None:
+    function, changed, message = BAD[name]
+    with pytest.raises(
+        segkernels.UnsupportedInputError, match=rf"(?s)^{function.__name__}_conv2d: .*{message}"
+    ):
+        function(**changed)
+
+
+@pytest.mark.parametrize("function", [depthwise, separable])
+def test_an_empty_batch_works(function: Any) -> None:
+    x = X[:0].requires_grad_()
+    function(x=x).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_a_backend_that_cannot_run_is_refused_with_every_reason() -> None:
+    with pytest.raises(segkernels.BackendUnavailableError) as refused:
+        depthwise(weight=torch.zeros(4, 1, 9, 9), backend="triton")
+    text = str(refused.value)
+    assert "backend 'triton' cannot run" in text
+    for backend in fused.BACKENDS:
+        assert f"\n  {backend}" in text
+    assert "9x9 is larger than 7x7" in text
+    assert "segkernels doctor" in text
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda device: "it was taken away")
+    fused._decide.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_decisions() -> Any:
+    yield
+    fused._decide.cache_clear()
+
+
+def test_stepping_down_to_the_reference_warns_once(no_native: None) -> None:
+    with pytest.warns(segkernels.SegkernelsPerformanceWarning, match="it was taken away") as caught:
+        depthwise()
+        depthwise()
+    assert len(caught) == 1
+
+
+def test_strict_makes_it_an_error(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGKERNELS_STRICT", "1")
+    with pytest.raises(segkernels.BackendUnavailableError, match="STRICT"):
+        depthwise()
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGKERNELS_BACKEND", "no-such")
+    with pytest.raises(segkernels.UnsupportedInputError, match="no-such"):
+        depthwise()
+    assert depthwise(backend="reference").shape == X.shape  # the argument comes first
+
+
+def test_explain_tells_without_computing() -> None:
+    table = segkernels.explain(segkernels.depthwise_conv2d, X, torch.zeros(4, 1, 9, 9))
+    assert list(table) == list(fused.BACKENDS)
+    assert table["reference"] is None
+    assert "larger than 7x7" in str(table["native"])
+    assert segkernels.explain("separable_conv2d").keys() == table.keys()
+    with pytest.raises(segkernels.UnsupportedInputError, match="no operator named 'gcu'"):
+        segkernels.explain("gcu")

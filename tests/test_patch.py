@@ -1,0 +1,242 @@
+"""patch and unpatch, on tiny classes that stand for the published ones under their names."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segkernels.nn import pair
+from segkernels.patch import LAYERS, patch, unpatch
+
+SMP = "segmentation_models_pytorch.decoders.deeplabv3.decoder"
+MMCV = "mmcv.cnn.bricks"
+
+
+class SeparableConv2d(nn.Sequential):
+    def __init__(self, channels: int, out: int, rate: int) -> None:
+        conv = nn.Conv2d(channels, channels, 3, 1, rate, rate, channels, bias=False)
+        super().__init__(conv, nn.Conv2d(channels, out, 1, bias=False))
+
+
+class ASPPPooling(nn.Sequential):
+    def __init__(self, channels: int, out: int) -> None:
+        conv = nn.Conv2d(channels, out, 1, bias=False)
+        super().__init__(nn.AdaptiveAvgPool2d(1), conv, nn.BatchNorm2d(out), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(super().forward(x), x.shape[-2:], mode="bilinear")
+
+
+class ASPP(nn.Module):
+    def __init__(self, channels: int, out: int, separable: bool = True) -> None:
+        super().__init__()
+
+        def branch(conv: nn.Module) -> nn.Module:
+            return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
+
+        def atrous(rate: int) -> nn.Module:
+            full = nn.Conv2d(channels, out, 3, 1, rate, rate, bias=False)
+            return SeparableConv2d(channels, out, rate) if separable else full
+
+        convs = [nn.Conv2d(channels, out, 1, bias=False), *(atrous(rate) for rate in (1, 2, 3))]
+        self.convs = nn.ModuleList([*map(branch, convs), ASPPPooling(channels, out)])
+        self.project = branch(nn.Conv2d(5 * out, out, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(torch.cat([conv(x) for conv in self.convs], 1))
+
+
+class ConvModule(nn.Module):
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.order = ("conv", "norm", "act")
+        self.with_norm = self.with_activation = True
+        self.with_explicit_padding = False
+        self.conv, self.bn, self.activate = conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.bn
+
+    def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
+        return self.activate(self.bn(self.conv(x)))
+
+
+class DepthwiseSeparableConvModule(nn.Module):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.depthwise_conv = ConvModule(nn.Conv2d(channels, channels, 3, 1, 1, 1, channels))
+        self.pointwise_conv = ConvModule(nn.Conv2d(channels, out, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise_conv(self.depthwise_conv(x))
+
+
+PLACES = {
+    SMP: (SeparableConv2d, ASPPPooling, ASPP),
+    f"{MMCV}.conv_module": (ConvModule,),
+    f"{MMCV}.depthwise_separable_conv_module": (DepthwiseSeparableConvModule,),
+}
+
+
+@pytest.fixture(autouse=True)
+def _published_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fake modules under the published names hold the classes above (pickle looks there)."""
+    for place, kinds in PLACES.items():
+        parts = place.split(".")
+        for i in range(1, len(parts) + 1):
+            fake = ModuleType(".".join(parts[:i]))
+            monkeypatch.setitem(sys.modules, fake.__name__, fake)
+        for kind in kinds:
+            monkeypatch.setattr(kind, "__module__", place)
+            setattr(fake, kind.__name__, kind)
+    yield
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rates of every call of the fused operator."""
+    seen: list[int] = []
+    operator = pair.separable_conv2d
+
+    def counted(x: Tensor, w: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(w.shape[0] if w.dim() == 5 else 1)
+        return operator(x, w, *args, **options)
+
+    monkeypatch.setattr(pair, "separable_conv2d", counted)
+    return seen
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    stages = [nn.Conv2d(3, 6, 1), ASPP(6, 4), DepthwiseSeparableConvModule(4, 5), ASPP(5, 4, False)]
+    return nn.Sequential(*stages).double()
+
+
+def image() -> Tensor:
+    return torch.randn(2, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_report_and_numbers(rates: list[int]) -> None:
+    net = model()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    report = patch(net, image())
+    # the three separable branches in one call, the mmcv layer in one
+    assert rates == [3, 1]
+    assert [entry.name for entry in report.replaced] == [
+        "1",
+        "1.convs.1.0",
+        "1.convs.2.0",
+        "1.convs.3.0",
+        "2",
+    ]
+    assert [(e.name, e.note) for e in report.skipped] == [("3", "no depthwise convolution in it")]
+    assert report.difference is not None and set(report.difference) == {
+        "output",
+        "gradient",
+        "buffer",
+    }
+    assert max(report.difference.values()) < 1e-10
+    assert "5 layers replaced, 1 skipped" in str(report) and "largest relative" in str(report)
+    assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_same_results_and_back(training: bool, rates: list[int]) -> None:
+    net, other = model().train(training), model().train(training)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    patch(net)
+    patch(net)  # once more changes nothing
+    assert type(net[1]) is ASPP
+    for step in range(2):
+        got, expected = net(image()), other(image())
+        assert torch.allclose(got, expected, rtol=1e-9, atol=1e-12)
+        got.sum().backward()
+        expected.sum().backward()
+        for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-8, atol=1e-9), name
+        for p, q in zip(net.buffers(), other.buffers(), strict=True):
+            assert torch.allclose(p, q)
+        if step == 0:
+            assert unpatch(net) > 0 and unpatch(net) == 0
+    assert rates == [3, 1]
+    assert all("forward" not in m.__dict__ for m in net.modules())
+    assert set(map(id, optimiser.param_groups[0]["params"])) == set(map(id, net.parameters()))
+
+
+def test_hooks_still_run(rates: list[int]) -> None:
+    net = model()
+    seen: list[str] = []
+    net[1].register_forward_hook(lambda *args: seen.append("layer"))
+    net[1].convs[2].register_forward_hook(lambda *args: seen.append("branch"))
+    net[2].pointwise_conv.bn.register_forward_hook(lambda *args: seen.append("norm"))
+    patch(net)
+    net(image())
+    assert sorted(seen) == ["branch", "layer", "norm"]
+
+
+def test_dry_run_and_strict() -> None:
+    net = model()
+    assert len(patch(net, dry_run=True).replaced) == 5
+    with pytest.raises(ValueError, match="nothing changed"):
+        patch(net, strict=True)
+    assert unpatch(net) == 0
+
+
+def test_other_versions_are_left_alone() -> None:
+    net = model()
+    del net[1].project
+    net[2].forward = lambda x: x
+    reasons = {entry.name: entry.note for entry in patch(net).skipped}
+    assert reasons["1"] == "another version: no project"
+    assert reasons["2"] == "its forward was rebound by something else"
+
+
+def test_another_signature_and_subclasses(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(ASPP):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(Mine(3, 4), DepthwiseSeparableConvModule(4, 5))
+    monkeypatch.setattr(DepthwiseSeparableConvModule, "forward", lambda self, x, scale: x)
+    reasons = [entry.note for entry in patch(net).skipped]
+    assert any("Mine has a forward of its own" in reason for reason in reasons)
+    assert any("forward('x', 'scale')" in reason for reason in reasons)
+
+
+def test_copies_and_files_stay_patched(rates: list[int]) -> None:
+    net = model().eval()
+    expected = net(image())
+    patch(net)
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for other in (copy.deepcopy(net), torch.load(file, weights_only=False)):
+        with torch.no_grad():
+            for p in net[1].parameters():
+                p.zero_()
+        assert torch.allclose(other(image()), expected)  # its own weights, not the original's
+    assert rates == [3, 1] * 2
+
+
+@pytest.mark.compile
+def test_a_patched_model_compiles() -> None:
+    net, other = model(), model()
+    patch(net)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(image()), other(image()))
+
+
+def test_every_entry_has_its_face() -> None:
+    for name, layer in LAYERS.items():
+        assert layer.load().__name__ == name.rpartition(".")[2]
