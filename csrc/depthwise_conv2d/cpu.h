@@ -19,8 +19,10 @@ std::vector<T> pack_depthwise_weights(const T* w, int64_t R, int64_t C, int64_t 
 }
 
 // dX, dW, db as `need` says; [0] for those it does not.
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dy, Tensor x, Tensor w, std::vector<int64_t> stride,
-                                                             std::vector<int64_t> padding, std::vector<int64_t> dilation,
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dy, Tensor x, Tensor w,
+                                                             std::vector<int64_t> stride,
+                                                             std::vector<int64_t> padding,
+                                                             std::vector<int64_t> dilation,
                                                              std::vector<int64_t> need);
 
 }  // namespace segkernels

@@ -55,7 +55,9 @@ def test_instruction_sets_agree(isa: str, tmp_path: Path) -> None:
     baseline = _run("baseline", tmp_path / "baseline.pt")
     for expected, got in zip(baseline, _run(isa, tmp_path / f"{isa}.pt"), strict=True):
         eps = torch.finfo(got.dtype).eps
-        accumulation = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
+        accumulation = torch.finfo(
+            torch.float64 if got.dtype == torch.float64 else torch.float32
+        ).eps
         # One rounding of the result, and the rounding of sums of at most 2·12·12 products below about 4 each.
         bound = eps * expected.double().abs() + 288 * 16 * accumulation
         assert ((expected.double() - got.double()).abs() <= bound).all()
@@ -65,15 +67,21 @@ def test_instruction_sets_agree(isa: str, tmp_path: Path) -> None:
 def test_addresses_past_two_to_the_31() -> None:
     """Images and pixels lie 2³¹ elements and more apart: the strides of one storage of float16 zeros, never touched."""
     H, W, C, far = 3, 4, 32, 2**31 + 64
-    storage = torch.empty(far + H * W * C, dtype=torch.float16)  # pages are mapped when touched: two maps' worth
+    storage = torch.empty(
+        far + H * W * C, dtype=torch.float16
+    )  # pages are mapped when touched: two maps' worth
     x = storage.as_strided((2, C, H, W), (far, 1, W * C, C))
     small = torch.randn(2, C, H, W).half().contiguous(memory_format=torch.channels_last)
     x.copy_(small)
     w = torch.randn(1, C, 3, 3).half()
     where = [1, 1], [1, 1], [1, 1]
     ops = torch.ops.segkernels
-    assert torch.equal(ops.depthwise_conv2d(x, w, None, *where), ops.depthwise_conv2d(small, w, None, *where))
+    assert torch.equal(
+        ops.depthwise_conv2d(x, w, None, *where), ops.depthwise_conv2d(small, w, None, *where)
+    )
     dy = torch.randn(2, C, H, W).half().contiguous(memory_format=torch.channels_last)
     near = ops.depthwise_conv2d_backward(dy, small, w, *where, [1, 1, 0])
-    for got, expected in zip(ops.depthwise_conv2d_backward(dy, x, w, *where, [1, 1, 0]), near, strict=True):
+    for got, expected in zip(
+        ops.depthwise_conv2d_backward(dy, x, w, *where, [1, 1, 0]), near, strict=True
+    ):
         assert torch.equal(got, expected)
