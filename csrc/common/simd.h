@@ -6,16 +6,18 @@
 //     #define SEGKERNELS_KERNELS "<op>/cpu_kernels.h"
 //     #include "common/foreach_isa.h"
 //
-// <op>/cpu_kernels.h has no include guard and includes no library header (so that no inline function of one is compiled
-// for a wider instruction set and then kept by the linker for all); its code stands in
+// <op>/cpu_kernels.h has no include guard and includes no library header (so that no inline function of one
+// is compiled for a wider instruction set and then kept by the linker for all); its code stands in
 //
 //     namespace segkernels { namespace { namespace SEGKERNELS_ISA { ... } } }
 //
-// and uses the vectors of common/vec.h. No lambdas there: they do not inherit the instruction set. A call is then
+// and uses the vectors of common/vec.h. No lambdas there: they do not inherit the instruction set. A call is
+// then
 //
 //     SEGKERNELS_BY_ISA(simd::forward<T>(args))
 //
-// where `simd` names the best instruction set this machine has (SEGKERNELS_ISA=avx512|avx2|baseline lowers it).
+// where `simd` names the best instruction set this machine has (SEGKERNELS_ISA=avx512|avx2|baseline lowers
+// it).
 #pragma once
 
 #include <algorithm>

@@ -54,11 +54,13 @@ inline Tensor empty_map(const Tensor& like, std::vector<int64_t> sizes, bool cha
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               format_of(channels_last));
 }
-inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, std::optional<ScalarType> type = std::nullopt) {
+inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes,
+                    std::optional<ScalarType> type = std::nullopt) {
   return torch::stable::empty(sizes, type.value_or(like.scalar_type()), std::nullopt, like.device());
 }
 
-// `t` itself if its innermost dimension (C of channels_last, else W) is dense, whatever the others; else a copy.
+// `t` itself if its innermost dimension (C of channels_last, else W) is dense, whatever the others; else a
+// copy.
 inline Tensor with_dense_rows(const Tensor& t, bool channels_last) {
   const Map m = map_of(t);
   const bool dense = channels_last ? m.sC == 1 || m.C == 1 : m.sW == 1 || m.W == 1;
@@ -70,11 +72,16 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 template <class F>
 void by_type(ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Double: return f(double());
-    case ScalarType::Float: return f(float());
-    case ScalarType::BFloat16: return f(bfloat16());
-    case ScalarType::Half: return f(float16());
-    default: STD_TORCH_CHECK(false, "segkernels: unsupported type ", torch::headeronly::toString(type));
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::BFloat16:
+      return f(bfloat16());
+    case ScalarType::Half:
+      return f(float16());
+    default:
+      STD_TORCH_CHECK(false, "segkernels: unsupported type ", torch::headeronly::toString(type));
   }
 }
 inline ScalarType acc_type(ScalarType type) {
@@ -90,8 +97,9 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// f(first, last) over contiguous parts of [0, n) on torch's threads; `cost` (about the operations of one item) keeps
-// small work on the calling thread. What an item computes must not depend on where the parts begin.
+// f(first, last) over contiguous parts of [0, n) on torch's threads; `cost` (about the operations of one
+// item) keeps small work on the calling thread. What an item computes must not depend on where the parts
+// begin.
 template <class F>
 void parallel_for(int64_t n, int64_t cost, const F& f) {
   constexpr int64_t kWorthAThread = 1 << 16;

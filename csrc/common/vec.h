@@ -1,11 +1,14 @@
 // Vectors of one instruction set; included once per set by common/foreach_isa.h (no include guard).
 //
-//   Vec<A>                     `lanes` numbers of the accumulation type A (float or double), with + - * and fma, max, min
-//   load<A>(p), store(p, v)    from and to any storage type T: converted on the way, rounded to nearest even, NaN kept
-//   load<A>(p, m), store(p, v, m), fma(a, b, c, m)    only the lanes whose bit is set in m; memory of the others is not
+//   Vec<A>                     `lanes` numbers of the accumulation type A (float or double), with + - * and
+//   fma, max, min load<A>(p), store(p, v)    from and to any storage type T: converted on the way, rounded to
+//   nearest even, NaN kept load<A>(p, m), store(p, v, m), fma(a, b, c, m)    only the lanes whose bit is set
+//   in m; memory of the others is not
 //                              touched, load gives 0 there and fma gives c
-//   Pair<T>, load2, store2     2·lanes consecutive numbers of T in an order private to T (bfloat16: even, then odd
-//                              positions, which costs one instruction a vector). Numbers that meet must come by load2<T>.
+//   Pair<T>, load2, store2     2·lanes consecutive numbers of T in an order private to T (bfloat16: even,
+//   then odd
+//                              positions, which costs one instruction a vector). Numbers that meet must come
+//                              by load2<T>.
 //   sum(v)                     of all lanes, in a fixed order
 
 namespace segkernels {
@@ -76,8 +79,12 @@ constexpr Mask all_lanes = Mask((uint64_t(1) << Vec<A>::lanes) - 1);
 #if SEGKERNELS_VECTOR_BYTES == 64
 SEGKERNELS_INLINE Vf fma(Vf a, Vf b, Vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 SEGKERNELS_INLINE Vd fma(Vd a, Vd b, Vd c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
-SEGKERNELS_INLINE Vf fma(Vf a, Vf b, Vf c, Mask m) { return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, __mmask16(m))}; }
-SEGKERNELS_INLINE Vd fma(Vd a, Vd b, Vd c, Mask m) { return {_mm512_mask3_fmadd_pd(a.v, b.v, c.v, __mmask8(m))}; }
+SEGKERNELS_INLINE Vf fma(Vf a, Vf b, Vf c, Mask m) {
+  return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, __mmask16(m))};
+}
+SEGKERNELS_INLINE Vd fma(Vd a, Vd b, Vd c, Mask m) {
+  return {_mm512_mask3_fmadd_pd(a.v, b.v, c.v, __mmask8(m))};
+}
 #else
 #if SEGKERNELS_VECTOR_BYTES == 32
 SEGKERNELS_INLINE Vf fma(Vf a, Vf b, Vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -117,7 +124,9 @@ SEGKERNELS_INLINE U32 round_to_bfloat16(Vf a) {
   U32 rounded = u + (0x7fff + ((u >> 16) & 1));
   return (a.v != a.v) ? (u | 0x400000) : rounded;
 }
-SEGKERNELS_INLINE U16 narrow(Vf a, bfloat16) { return __builtin_convertvector(round_to_bfloat16(a) >> 16, U16); }
+SEGKERNELS_INLINE U16 narrow(Vf a, bfloat16) {
+  return __builtin_convertvector(round_to_bfloat16(a) >> 16, U16);
+}
 
 #if SEGKERNELS_VECTOR_BYTES == 64
 SEGKERNELS_INLINE Vf widen(U16 h, float16) { return {_mm512_cvtph_ps((__m256i)h)}; }
@@ -126,7 +135,8 @@ SEGKERNELS_INLINE U16 narrow(Vf a, float16) { return (U16)_mm512_cvtps_ph(a.v, _
 SEGKERNELS_INLINE Vf widen(U16 h, float16) { return {_mm256_cvtph_ps((__m128i)h)}; }
 SEGKERNELS_INLINE U16 narrow(Vf a, float16) { return (U16)_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 #else
-// By exponent shift: the product with 2^112 (2^-112) moves between the two biases and handles subnormals exactly.
+// By exponent shift: the product with 2^112 (2^-112) moves between the two biases and handles subnormals
+// exactly.
 SEGKERNELS_INLINE Vf widen(U16 h, float16) {
   U32 u = __builtin_convertvector(h, U32);
   Vf::Native magnitude = (Vf::Native)((u & 0x7fff) << 13) * 0x1p112f;
@@ -248,7 +258,8 @@ SEGKERNELS_INLINE Pair<T> load2(const T* p, int64_t count) {
     __builtin_memcpy(part, p, count * sizeof(T));
     return load2(part);
   } else {
-    return {load<acc_t<T>>(p, lane_range<acc_t<T>>(0, count)), load<acc_t<T>>(p + n, lane_range<acc_t<T>>(0, count - n))};
+    return {load<acc_t<T>>(p, lane_range<acc_t<T>>(0, count)),
+            load<acc_t<T>>(p + n, lane_range<acc_t<T>>(0, count - n))};
   }
 }
 template <class T>

@@ -1,4 +1,5 @@
-// y[b, ρC + c] = bias[ρ, c] + Σ_ab w[ρ, c, a, b] · x[b, c] at (h·s − p + a·r, w·s − p + b·r), and its gradients, on the CPU.
+// y[b, ρC + c] = bias[ρ, c] + Σ_ab w[ρ, c, a, b] · x[b, c] at (h·s − p + a·r, w·s − p + b·r), and its
+// gradients, on the CPU.
 
 #include "common/tensor.h"
 #include "depthwise_conv2d/cpu.h"
@@ -33,9 +34,11 @@ Tensor depthwise_conv2d(Tensor x, Tensor w, std::optional<Tensor> b, std::vector
     if (channels_last) {
       const std::vector<T> packed = pack_depthwise_weights(w_data, g.R, g.C, g.taps());
       const int64_t items = g.B * g.slabs(f.slab) * g.H_out();
-      parallel_for(items, g.W_out() * std::min(f.slab, g.C) * g.R * g.taps(), [&](int64_t first, int64_t last) {
-        SEGKERNELS_BY_ISA(simd::forward_channels_last(f, x_data, packed.data(), bias, y_data, first, last))
-      });
+      parallel_for(items, g.W_out() * std::min(f.slab, g.C) * g.R * g.taps(),
+                   [&](int64_t first, int64_t last) {
+                     SEGKERNELS_BY_ISA(
+                         simd::forward_channels_last(f, x_data, packed.data(), bias, y_data, first, last))
+                   });
     } else {
       parallel_for(g.B * g.C, g.H_out() * g.W_out() * g.R * g.taps(), [&](int64_t first, int64_t last) {
         SEGKERNELS_BY_ISA(simd::forward_planes(f, x_data, w_data, bias, y_data, first, last))
@@ -58,13 +61,15 @@ void backward_channels_last(const BackwardPlan& f, const T* x, const T* dy, cons
   parallel_for(n_slabs * f.parts, g.B * g.H() * g.W() * g.C * g.R * g.taps() / (n_slabs * f.parts),
                [&](int64_t first, int64_t last) {
                  for (int64_t item = first; item < last; ++item) {
-                   const int64_t part = item % f.parts, c0 = item / f.parts * f.slab, c1 = g.slab_end(c0, f.slab);
+                   const int64_t part = item % f.parts, c0 = item / f.parts * f.slab,
+                                 c1 = g.slab_end(c0, f.slab);
                    const int64_t h0 = bound(g.H(), part), h1 = bound(g.H(), part + 1);
                    A* sum = sums.data() + (dw || db ? part * n_rows * f.padded_C : 0);
-                   SEGKERNELS_BY_ISA(
-                       if (dx || dw) simd::backward_rows(f, x, dy, packed.data(), dx, dw ? sum : nullptr, h0, h1, c0, c1);
-                       if (db) simd::bias_rows<T>(f, dy, sum + g.R * g.taps() * f.padded_C, bound(g.H_out(), part),
-                                                  bound(g.H_out(), part + 1), c0, c1))
+                   SEGKERNELS_BY_ISA(if (dx || dw) simd::backward_rows(f, x, dy, packed.data(), dx,
+                                                                       dw ? sum : nullptr, h0, h1, c0, c1);
+                                     if (db) simd::bias_rows<T>(f, dy, sum + g.R * g.taps() * f.padded_C,
+                                                                bound(g.H_out(), part),
+                                                                bound(g.H_out(), part + 1), c0, c1))
                  }
                });
   if (dw || db)
@@ -84,19 +89,23 @@ void backward_nchw(const BackwardPlan& f, const T* x, const T* dy, const T* w, T
   parallel_for(g.B * g.C, g.H() * g.W() * g.R * g.taps(), [&](int64_t first, int64_t last) {
     SEGKERNELS_BY_ISA(simd::backward_planes(f, x, dy, w, dx, dws, dbs, first, last))
   });
-  SEGKERNELS_BY_ISA(if (dw) simd::add_images(dws, g.B, n_dw, dw); if (db) simd::add_images(dbs, g.B, n_db, db))
+  SEGKERNELS_BY_ISA(if (dw) simd::add_images(dws, g.B, n_dw, dw);
+                    if (db) simd::add_images(dbs, g.B, n_db, db))
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dy, Tensor x, Tensor w, std::vector<int64_t> stride,
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dy, Tensor x, Tensor w,
+                                                             std::vector<int64_t> stride,
                                                              std::vector<int64_t> padding,
-                                                             std::vector<int64_t> dilation, std::vector<int64_t> need) {
+                                                             std::vector<int64_t> dilation,
+                                                             std::vector<int64_t> need) {
   const bool channels_last = is_channels_last(map_of(x));
   x = with_dense_rows(x, channels_last);
   dy = with_dense_rows(dy, channels_last);
   w = dense(w);
-  const BackwardPlan f(geometry_of(map_of(x), w, stride, padding, dilation), map_of(x), map_of(dy), x.element_size());
+  const BackwardPlan f(geometry_of(map_of(x), w, stride, padding, dilation), map_of(x), map_of(dy),
+                       x.element_size());
   const Geometry& g = f.geometry;
   STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && dy.scalar_type() == x.scalar_type(),
                   "depthwise_conv2d_backward: dy, x and w must have one type");
@@ -104,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(Tensor dy, Tensor x
                   "depthwise_conv2d_backward: dy must have the output's sizes");
   STD_TORCH_CHECK(need.size() == 3, "depthwise_conv2d_backward: need has 3 numbers");
   const Tensor dx = need[0] ? empty_map(x, {g.B, g.C, g.H(), g.W()}, channels_last) : empty(x, {0});
-  const Tensor dw = empty(x, need[1] ? std::vector<int64_t>{g.R, g.C, g.kh(), g.kw()} : std::vector<int64_t>{0});
+  const Tensor dw =
+      empty(x, need[1] ? std::vector<int64_t>{g.R, g.C, g.kh(), g.kw()} : std::vector<int64_t>{0});
   const Tensor db = empty(x, need[2] ? std::vector<int64_t>{g.R, g.C} : std::vector<int64_t>{0});
 
   by_type(x.scalar_type(), [&](auto type) {

@@ -1,13 +1,15 @@
-// Depthwise convolution on the CPU, channels_last: vectors run along the channels. Compiled once per instruction set.
+// Depthwise convolution on the CPU, channels_last: vectors run along the channels. Compiled once per
+// instruction set.
 //
 // For other operators:
 //   forward_row(f, x, w, bias, ρ, h, first, last, c0, c1, y, y_step, epilogue)
-//       d of rate ρ for the pixels (h, first … last−1) and the channels c0 … c1−1 of one image into a caller's buffer:
-//       y points at (pixel `first`, channel c0), y_step numbers from pixel to pixel. The epilogue sees each Pair<T> of
-//       sums before it is rounded to T: `Pair<T> operator()(Pair<T> d, int64_t channel)`, channel counted in [0, R·C).
-//       c0 must be a multiple of 32.
+//       d of rate ρ for the pixels (h, first … last−1) and the channels c0 … c1−1 of one image into a
+//       caller's buffer: y points at (pixel `first`, channel c0), y_step numbers from pixel to pixel. The
+//       epilogue sees each Pair<T> of sums before it is rounded to T: `Pair<T> operator()(Pair<T> d, int64_t
+//       channel)`, channel counted in [0, R·C). c0 must be a multiple of 32.
 //   backward_rows(f, x, dy, w, dx, sums, first, last, c0, c1)
-//       one pass that makes dX and the partial sums of dW and db; dy is any map [B, R·C, H', W'] with dense channels.
+//       one pass that makes dX and the partial sums of dW and db; dy is any map [B, R·C, H', W'] with dense
+//       channels.
 // Weights come packed as w[ρ·k_h·k_w + a·k_w + b][c] (pack_weights in cpu.cpp), biases as bias[ρ·C + c].
 
 namespace segkernels {
@@ -15,7 +17,7 @@ namespace {
 namespace SEGKERNELS_ISA {
 
 // Pixels of a register tile: sums (forward), sums and inputs (backward), a weight and one number read.
-constexpr int kForwardPixels = 4;
+constexpr int kForwardPixels = SEGKERNELS_VECTOR_BYTES == 64 ? 6 : 4;
 constexpr int kBackwardPixels = SEGKERNELS_VECTOR_BYTES == 64 ? 4 : 2;
 
 template <bool Partial, class T>
@@ -40,8 +42,9 @@ struct Identity {
   }
 };
 
-// A slab of channels is covered by pairs; the last pair ends with the slab, where it may overlap the one before (and
-// computes some channels twice, to the same numbers). Only a slab that is narrower than a pair is loaded in part.
+// A slab of channels is covered by pairs; the last pair ends with the slab, where it may overlap the one
+// before (and computes some channels twice, to the same numbers). Only a slab that is narrower than a pair is
+// loaded in part.
 inline int64_t pair_start(int64_t c, int64_t channels, int64_t lanes) {
   return std::max<int64_t>(0, std::min(c, channels - lanes));
 }
@@ -61,8 +64,8 @@ struct Products {
 
 // P pixels of up to a pair of channels: y[p] = bias + Σ_t w[t] · source[p·step + offset_t].
 template <int P, bool Partial, class T, class E>
-SEGKERNELS_INLINE void sum_tile(const Products<T>& t, const T* bias, T* y, int64_t y_step, int64_t c, int64_t count,
-                                int64_t channel, E& epilogue) {
+SEGKERNELS_INLINE void sum_tile(const Products<T>& t, const T* bias, T* y, int64_t y_step, int64_t c,
+                                int64_t count, int64_t channel, E& epilogue) {
   const Pair<T> start = bias ? load_channels<Partial>(bias + c, count) : Pair<T>{};
   Pair<T> acc[P];
 #pragma GCC unroll 8
@@ -74,7 +77,8 @@ SEGKERNELS_INLINE void sum_tile(const Products<T>& t, const T* bias, T* y, int64
     for (int p = 0; p < P; ++p) acc[p] = fma(w, load_channels<Partial>(source + p * t.step, count), acc[p]);
   }
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) store_channels<Partial>(y + p * y_step + c, epilogue(acc[p], channel + c), count);
+  for (int p = 0; p < P; ++p)
+    store_channels<Partial>(y + p * y_step + c, epilogue(acc[p], channel + c), count);
 }
 
 template <int P, class T, class E>
@@ -98,14 +102,15 @@ void sum_run(Products<T> t, const T* bias, T* y, int64_t y_step, int64_t n, int6
   constexpr int P = kForwardPixels;
   for (; n >= P; n -= P, t.source += P * t.step, y += P * y_step)
     sum_pixels<P>(t, bias, y, y_step, channels, channel, epilogue);
-  for (; n > 0; --n, t.source += t.step, y += y_step) sum_pixels<1>(t, bias, y, y_step, channels, channel, epilogue);
+  for (; n > 0; --n, t.source += t.step, y += y_step)
+    sum_pixels<1>(t, bias, y, y_step, channels, channel, epilogue);
 }
 
 // -- forward --------------------------------------------------------------------------------------
 
 template <class T, class E>
-void forward_row(const ForwardPlan& f, const T* x, const T* w, const T* bias, int64_t rate, int64_t h, int64_t first,
-                 int64_t last, int64_t c0, int64_t c1, T* y, int64_t y_step, E& epilogue) {
+void forward_row(const ForwardPlan& f, const T* x, const T* w, const T* bias, int64_t rate, int64_t h,
+                 int64_t first, int64_t last, int64_t c0, int64_t c1, T* y, int64_t y_step, E& epilogue) {
   const Geometry& g = f.geometry;
   const RowTaps& rows = f.rows[rate];
   Tap taps[kMaxKernel * kMaxKernel];
@@ -122,7 +127,8 @@ void forward_row(const ForwardPlan& f, const T* x, const T* w, const T* bias, in
   }
 }
 
-// Items [first, last) of (image, slab of channels, output row): every rate of that row, so that x is read once.
+// Items [first, last) of (image, slab of channels, output row): every rate of that row, so that x is read
+// once.
 template <class T>
 void forward_channels_last(const ForwardPlan& f, const T* x, const T* w, const T* bias, T* y, int64_t first,
                            int64_t last) {
@@ -140,7 +146,8 @@ void forward_channels_last(const ForwardPlan& f, const T* x, const T* w, const T
 
 // -- backward -------------------------------------------------------------------------------------
 
-// P pixels of up to a pair of channels, `sums` those of the pair: dX = Σ_t w[t] · dy_t and dW[t] += Σ_p x[p] · dy_t, from one read of dy_t.
+// P pixels of up to a pair of channels, `sums` those of the pair: dX = Σ_t w[t] · dy_t and dW[t] += Σ_p x[p]
+// · dy_t, from one read of dy_t.
 template <int P, bool Partial, class T>
 SEGKERNELS_INLINE void backward_tile(const Products<T>& t, const T* x, int64_t x_step, T* dx, int64_t dx_step,
                                      acc_t<T>* sums, int64_t sums_step, int64_t c, int64_t count) {
@@ -180,7 +187,8 @@ void backward_pixels(const Products<T>& t, const T* x, int64_t x_step, T* dx, in
   } else {
     Products<T> one = t;
     for (int p = 0; p < P; ++p, one.source += t.step)
-      backward_tile<1, true>(one, x + p * x_step, x_step, dx + p * dx_step, dx_step, sums, sums_step, 0, channels);
+      backward_tile<1, true>(one, x + p * x_step, x_step, dx + p * dx_step, dx_step, sums, sums_step, 0,
+                             channels);
   }
 }
 
@@ -194,12 +202,12 @@ void backward_run(Products<T> t, const T* x, int64_t x_step, T* dx, int64_t dx_s
     backward_pixels<1>(t, x, x_step, dx, dx_step, sums, sums_step, channels);
 }
 
-// The rows [first, last) of the ordered rows of all images, channels c0 … c1−1 (c0 a multiple of 32). `sums` are this
-// part's own, zeroed by the caller, in load2's order: [R·k_h·k_w rows of dW, then R of db][C rounded up to 32].
-// sums null: dX alone. dx null: dW alone (dX goes to a row that is thrown away).
+// The rows [first, last) of the ordered rows of all images, channels c0 … c1−1 (c0 a multiple of 32). `sums`
+// are this part's own, zeroed by the caller, in load2's order: [R·k_h·k_w rows of dW, then R of db][C rounded
+// up to 32]. sums null: dX alone. dx null: dW alone (dX goes to a row that is thrown away).
 template <class T>
-void backward_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, acc_t<T>* sums, int64_t first,
-                   int64_t last, int64_t c0, int64_t c1) {
+void backward_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, acc_t<T>* sums,
+                   int64_t first, int64_t last, int64_t c0, int64_t c1) {
   const Geometry& g = f.geometry;
   const int64_t s = g.columns[0].s, H = g.H(), W = g.W(), channels = c1 - c0;
   const Identity identity;
@@ -221,8 +229,8 @@ void backward_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T
         const Products<T> t{taps.data(), n, dy_image + run.begin * f.dy.sW, f.dy.sW, w + c0, g.C};
         const int64_t column = c + run.begin * s, count = run.end - run.begin;
         if (sums)
-          backward_run(t, x_row + column * f.x.sW, s * f.x.sW, dx_row + column * g.C, s * g.C, sums + c0, f.padded_C,
-                       count, channels);
+          backward_run(t, x_row + column * f.x.sW, s * f.x.sW, dx_row + column * g.C, s * g.C, sums + c0,
+                       f.padded_C, count, channels);
         else
           sum_run<T>(t, nullptr, dx_row + column * g.C, s * g.C, count, channels, c0, identity);
       }
@@ -231,7 +239,8 @@ void backward_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T
 
 // sums[ρ][c] += Σ dy over the rows [first, last) of the ordered output rows of all images.
 template <class T>
-void bias_rows(const BackwardPlan& f, const T* dy, acc_t<T>* sums, int64_t first, int64_t last, int64_t c0, int64_t c1) {
+void bias_rows(const BackwardPlan& f, const T* dy, acc_t<T>* sums, int64_t first, int64_t last, int64_t c0,
+               int64_t c1) {
   using A = acc_t<T>;
   constexpr int64_t L = Pair<T>::lanes;
   const Geometry& g = f.geometry;
@@ -253,7 +262,8 @@ void bias_rows(const BackwardPlan& f, const T* dy, acc_t<T>* sums, int64_t first
     }
 }
 
-// Rows [first, last) of the sums [parts][R·k_h·k_w + R][padded C], added over the parts: dw [R, C, k_h, k_w], db [R, C].
+// Rows [first, last) of the sums [parts][R·k_h·k_w + R][padded C], added over the parts: dw [R, C, k_h, k_w],
+// db [R, C].
 template <class T>
 void add_parts(const BackwardPlan& f, const acc_t<T>* sums, T* dw, T* db, int64_t first, int64_t last) {
   using A = acc_t<T>;
@@ -262,7 +272,8 @@ void add_parts(const BackwardPlan& f, const acc_t<T>* sums, T* dw, T* db, int64_
   const int64_t taps = g.taps(), n_rows = g.R * (taps + 1);
   T line[L];
   for (int64_t row = first; row < last; ++row) {
-    const int64_t t = row < g.R * taps ? row % taps : 0, rate = row < g.R * taps ? row / taps : row - g.R * taps;
+    const int64_t t = row < g.R * taps ? row % taps : 0,
+                  rate = row < g.R * taps ? row / taps : row - g.R * taps;
     const int64_t step = row < g.R * taps ? taps : 1;
     T* out = row < g.R * taps ? dw : db;
     if (!out) continue;

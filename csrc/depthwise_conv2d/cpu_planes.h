@@ -1,6 +1,7 @@
-// Depthwise convolution on the CPU, NCHW: vectors run along the rows of one plane, which stays in the first caches.
-// Included by cpu_kernels.h, once per instruction set. Planes are read as numbers of the accumulation type; with column
-// stride s they are split into s planes of every s-th column, so that every tap reads consecutive numbers.
+// Depthwise convolution on the CPU, NCHW: vectors run along the rows of one plane, which stays in the first
+// caches. Included by cpu_kernels.h, once per instruction set. Planes are read as numbers of the accumulation
+// type; with column stride s they are split into s planes of every s-th column, so that every tap reads
+// consecutive numbers.
 
 namespace segkernels {
 namespace {
@@ -8,7 +9,8 @@ namespace SEGKERNELS_ISA {
 
 constexpr int64_t kMaxVectors = 5;
 
-// A column tap of a row of vectors: the number it reads at position 0 lies `offset` from the start of its source row.
+// A column tap of a row of vectors: the number it reads at position 0 lies `offset` from the start of its
+// source row.
 struct PlaneTap {
   int64_t offset, b;
   const Mask* masks;  // the lanes of each vector that it reaches
@@ -21,7 +23,8 @@ struct Columns {
   std::vector<Mask> masks;                  // [vector] inside the row, then [tap][vector]
   std::vector<std::vector<PlaneTap>> taps;  // [rate]
 
-  // `step` columns of the source from one position to the next; parts of a source plane are `part` numbers apart.
+  // `step` columns of the source from one position to the next; parts of a source plane are `part` numbers
+  // apart.
   Columns(const std::vector<ColumnTap>& column_taps, int64_t R, int64_t n, int64_t step, int64_t part)
       : vectors(ceil_div(n, Vec<A>::lanes)), masks((column_taps.size() + 1) * vectors), taps(R) {
     constexpr int64_t L = Vec<A>::lanes;
@@ -43,6 +46,15 @@ struct RowSource {
   A* sums;
   const std::vector<PlaneTap>* taps;
 };
+template <class A>
+SEGKERNELS_INLINE void add_row(std::vector<RowSource<A>>& rows, const A* row, const A* w, A* sums,
+                               const std::vector<PlaneTap>* taps) {
+  RowSource<A>& to = rows.emplace_back();  // field by field: a copy of 32 bytes just written would stall
+  to.row = row;
+  to.w = w;
+  to.sums = sums;
+  to.taps = taps;
+}
 
 template <class A, class T>
 void widen_row(const T* from, int64_t n, A* to) {
@@ -59,7 +71,8 @@ void narrow_row(const A* from, int64_t n, T* to) {
   if (i < n) store(to + i, load<A>(from + i, lane_range<A>(0, n - i)), lane_range<A>(0, n - i));
 }
 
-// A plane of accumulation type: the columns c, c + s, … of part c from data + c·part, rows `row` numbers apart.
+// A plane of accumulation type: the columns c, c + s, … of part c from data + c·part, rows `row` numbers
+// apart.
 template <class A>
 struct Plane {
   const A* data;
@@ -91,8 +104,8 @@ inline int64_t plane_size(int64_t H, int64_t W, int64_t s) { return s * H * ceil
 // -- sums over taps: y of the forward, dX of the backward -----------------------------------------
 
 // V vectors from vector v0 on: y = bias + Σ_t w[t] · source_t, over the lanes that tap t reaches.
-template <int V, class A>
-void sum_vectors(const std::vector<RowSource<A>>& rows, A bias, int64_t v0, const Mask* inside, A* y) {
+template <int V, class A, class T>
+void sum_vectors(const std::vector<RowSource<A>>& rows, A bias, int64_t v0, const Mask* inside, T* y) {
   constexpr int64_t L = Vec<A>::lanes;
   Vec<A> acc[V];
 #pragma GCC unroll 8
@@ -111,15 +124,25 @@ void sum_vectors(const std::vector<RowSource<A>>& rows, A bias, int64_t v0, cons
 
 #define SEGKERNELS_BY_VECTORS(V, CALL) \
   switch (V) {                         \
-    case 1: CALL(1); break;            \
-    case 2: CALL(2); break;            \
-    case 3: CALL(3); break;            \
-    case 4: CALL(4); break;            \
-    case 5: CALL(5); break;            \
+    case 1:                            \
+      CALL(1);                         \
+      break;                           \
+    case 2:                            \
+      CALL(2);                         \
+      break;                           \
+    case 3:                            \
+      CALL(3);                         \
+      break;                           \
+    case 4:                            \
+      CALL(4);                         \
+      break;                           \
+    case 5:                            \
+      CALL(5);                         \
+      break;                           \
   }
 
-template <class A>
-void sum_row(const Columns<A>& columns, const std::vector<RowSource<A>>& rows, A bias, A* y) {
+template <class A, class T>
+void sum_row(const Columns<A>& columns, const std::vector<RowSource<A>>& rows, A bias, T* y) {
   for (int64_t v0 = 0; v0 < columns.vectors; v0 += columns.block) {
 #define SEGKERNELS_SUM(V) sum_vectors<V>(rows, bias, v0, columns.masks.data(), y)
     SEGKERNELS_BY_VECTORS(std::min(columns.block, columns.vectors - v0), SEGKERNELS_SUM)
@@ -129,21 +152,25 @@ void sum_row(const Columns<A>& columns, const std::vector<RowSource<A>>& rows, A
 
 // -- forward --------------------------------------------------------------------------------------
 
-// Items [first, last) of (image, channel): every rate of that plane. w [R, C, k_h, k_w], bias [R, C], y dense.
+// Items [first, last) of (image, channel): every rate of that plane. w [R, C, k_h, k_w], bias [R, C], y
+// dense.
 template <class T>
-void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias, T* y, int64_t first, int64_t last) {
+void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias, T* y, int64_t first,
+                    int64_t last) {
   using A = acc_t<T>;
   const Geometry& g = f.geometry;
   const int64_t s = g.columns[0].s, H = g.H_out(), W = g.W_out();
   const int64_t part_size = g.H() * ceil_div(g.W(), s);
   std::vector<Columns<A>> columns;
-  for (int64_t rate = 0; rate < g.R; ++rate) columns.emplace_back(g.forward_columns(rate), g.R, W, s, part_size);
-  std::vector<A> memory(plane_size(g.H(), g.W(), s)), line(W);
+  for (int64_t rate = 0; rate < g.R; ++rate)
+    columns.emplace_back(g.forward_columns(rate), g.R, W, s, part_size);
+  std::vector<A> memory(plane_size(g.H(), g.W(), s));
   std::vector<RowSource<A>> rows;
   A weights[kMaxKernel * kMaxKernel], shift = 0;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / g.C, c = item % g.C;
-    const Plane<A> plane = read_plane(x + image * f.x.sB + c * f.x.sC, f.x.sH, g.H(), g.W(), s, memory.data());
+    const Plane<A> plane =
+        read_plane(x + image * f.x.sB + c * f.x.sC, f.x.sH, g.H(), g.W(), s, memory.data());
     for (int64_t rate = 0; rate < g.R; ++rate) {
       widen_row<A>(w + (rate * g.C + c) * g.taps(), g.taps(), weights);
       if (bias) widen_row<A>(bias + rate * g.C + c, 1, &shift);
@@ -151,14 +178,9 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
       for (int64_t h = 0; h < H; ++h, y_row += W) {
         rows.clear();
         for (const RowTap* tap = f.rows[rate].begin(h); tap != f.rows[rate].end(h); ++tap)
-          rows.push_back({plane.data + tap->row * plane.row, weights + tap->a * g.kw(), nullptr,
-                          &columns[rate].taps[rate]});
-        if constexpr (std::is_same_v<A, T>) {
-          sum_row(columns[rate], rows, shift, y_row);
-        } else {
-          sum_row(columns[rate], rows, shift, line.data());
-          narrow_row(line.data(), W, y_row);
-        }
+          add_row<A>(rows, plane.data + tap->row * plane.row, weights + tap->a * g.kw(), nullptr,
+                     &columns[rate].taps[rate]);
+        sum_row(columns[rate], rows, shift, y_row);
       }
     }
   }
@@ -168,7 +190,8 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
 
 // V vectors of a row of dX, from vector v0 on, and their share of dW: sums[t] += x · dy_t, lane by lane.
 template <int V, class A>
-void backward_vectors(const std::vector<RowSource<A>>& rows, const A* x, int64_t v0, const Mask* inside, A* dx) {
+void backward_vectors(const std::vector<RowSource<A>>& rows, const A* x, int64_t v0, const Mask* inside,
+                      A* dx) {
   constexpr int64_t L = Vec<A>::lanes;
   Vec<A> xs[V], acc[V];
 #pragma GCC unroll 8
@@ -213,15 +236,16 @@ A sum_plane(const Plane<A>& p, int64_t H, int64_t W) {
   return sum(s);
 }
 
-// Items [first, last) of (image, channel): dX, and this image's share of dW [B, R, C, k_h, k_w] and db [B, R, C]; null
-// where not wanted.
+// Items [first, last) of (image, channel): dX, and this image's share of dW [B, R, C, k_h, k_w] and db [B, R,
+// C]; null where not wanted.
 template <class T>
-void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, acc_t<T>* dw, acc_t<T>* db,
-                     int64_t first, int64_t last) {
+void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, acc_t<T>* dw,
+                     acc_t<T>* db, int64_t first, int64_t last) {
   using A = acc_t<T>;
   constexpr int64_t L = Vec<A>::lanes;
   const Geometry& g = f.geometry;
-  const int64_t s = g.columns[0].s, H = g.H(), W = g.W(), H_out = g.H_out(), W_out = g.W_out(), n_taps = g.taps();
+  const int64_t s = g.columns[0].s, H = g.H(), W = g.W(), H_out = g.H_out(), W_out = g.W_out(),
+                n_taps = g.taps();
   const int64_t dy_size = plane_size(H_out, W_out, 1), part_size = ceil_div(W, s);
   std::vector<Columns<A>> columns;
   for (int64_t c = 0; c < s; ++c) columns.emplace_back(g.backward_columns(c), g.R, ceil_div(W - c, s), 1, 0);
@@ -247,8 +271,8 @@ void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w,
         for (const RowTap* tap = f.rows.begin(h); tap != f.rows.end(h); ++tap) {
           const Plane<A>& source = dys[tap->rate];
           const int64_t weight = tap->rate * n_taps + tap->a * g.kw();
-          rows.push_back({source.data + tap->row * source.row, weights.data() + weight, sums.data() + weight * L,
-                          &columns[part].taps[tap->rate]});
+          add_row(rows, source.data + tap->row * source.row, weights.data() + weight,
+                  sums.data() + weight * L, &columns[part].taps[tap->rate]);
         }
         A* to = parts.data() + part * part_size;
         if constexpr (std::is_same_v<A, T>)
@@ -268,7 +292,8 @@ void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w,
     if (dw)
       for (int64_t rate = 0; rate < g.R; ++rate)
         for (int64_t t = 0; t < n_taps; ++t)
-          dw[((image * g.R + rate) * g.C + c) * n_taps + t] = sum(load<A>(sums.data() + (rate * n_taps + t) * L));
+          dw[((image * g.R + rate) * g.C + c) * n_taps + t] =
+              sum(load<A>(sums.data() + (rate * n_taps + t) * L));
   }
 }
 

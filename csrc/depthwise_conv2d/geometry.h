@@ -15,7 +15,8 @@ struct Axis {
   int64_t in, out, k, s, p, r;
 };
 
-// A column tap of rate `rate` reads source column `source` + step·i at position i of a row, for i in [begin, end).
+// A column tap of rate `rate` reads source column `source` + step·i at position i of a row, for i in [begin,
+// end).
 struct ColumnTap {
   int64_t rate, b, source, begin, end;
 };
@@ -36,7 +37,8 @@ struct RowTaps {
   const RowTap* begin(int64_t h) const { return taps.data() + start[h]; }
   const RowTap* end(int64_t h) const { return taps.data() + start[h + 1]; }
 };
-// One product of a run: where it reads (elements from the run's position 0), and its weight's index ρ·k_h·k_w + a·k_w + b.
+// One product of a run: where it reads (elements from the run's position 0), and its weight's index ρ·k_h·k_w
+// + a·k_w + b.
 struct Tap {
   int64_t offset, weight;
 };
@@ -89,8 +91,8 @@ struct Geometry {
     for (int64_t b = 0; b < x.k; ++b) add(taps, {rate, b, b * x.r - x.p, 0, 0}, x.out, x.s, x.in);
     return taps;
   }
-  // Backward, all rates, for the input columns c, c + s, c + 2s, …: position i is input column c + s·i, and the source
-  // moves one output column a position.
+  // Backward, all rates, for the input columns c, c + s, c + 2s, …: position i is input column c + s·i, and
+  // the source moves one output column a position.
   std::vector<ColumnTap> backward_columns(int64_t c) const {
     std::vector<ColumnTap> taps;
     for (int64_t rate = 0; rate < R; ++rate) {
@@ -103,8 +105,9 @@ struct Geometry {
     return taps;
   }
 
-  // An order of n rows in which rows that share taps follow one another, so that a dilated convolution reads each row
-  // of the map from memory once: first the rows of residue 0 modulo the rates' common divisor, then those of 1, …
+  // An order of n rows in which rows that share taps follow one another, so that a dilated convolution reads
+  // each row of the map from memory once: first the rows of residue 0 modulo the rates' common divisor, then
+  // those of 1, …
   static std::vector<int64_t> by_residue(int64_t n, int64_t step) {
     std::vector<int64_t> order;
     order.reserve(n);

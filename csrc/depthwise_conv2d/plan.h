@@ -10,7 +10,8 @@ constexpr int64_t kMaxKernel = 7;
 
 inline Geometry geometry_of(const Map& x, const Tensor& w, const std::vector<int64_t>& stride,
                             const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
-  STD_TORCH_CHECK(w.dim() == 4 && w.size(1) == x.C, "depthwise_conv2d: w must be [R, C, k_h, k_w] with x's C channels");
+  STD_TORCH_CHECK(w.dim() == 4 && w.size(1) == x.C,
+                  "depthwise_conv2d: w must be [R, C, k_h, k_w] with x's C channels");
   Geometry g{x.B, x.C, w.size(0), {}, {}};
   const int64_t kh = w.size(2), kw = w.size(3), R = g.R;
   STD_TORCH_CHECK(R >= 1 && kh >= 1 && kw >= 1 && kh <= kMaxKernel && kw <= kMaxKernel,
@@ -31,8 +32,8 @@ inline Geometry geometry_of(const Map& x, const Tensor& w, const std::vector<int
   return g;
 }
 
-// Channels that are worked on together in channels_last: so many that the rows between a row's outermost taps stay in
-// the second cache.
+// Channels that are worked on together in channels_last: so many that the rows between a row's outermost taps
+// stay in the second cache.
 inline int64_t slab_of(const Geometry& g, int64_t element_size) {
   constexpr int64_t kCache = 1 << 20, kLeast = 64;
   int64_t reach = 0;
