@@ -47,7 +47,7 @@ void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t
   const RowTaps& taps = f.rows[rate];
   const int64_t W = call.sizes.W_out, s = g.columns[0].s, line = plane_size(1, g.W(), s);
   const bool in_place = std::is_same_v<A, T> && s == 1;
-  std::vector<A> memory(in_place ? 0 : kMaxKernel * line), sums(W);
+  std::vector<A> memory(in_place ? 0 : kMaxKernel * line);
   A weights[kMaxKernel * kMaxKernel];
   std::vector<RowPart<A>> parts;
   parts.reserve(tile.size() / W + 2);  // so that none moves: sources point into columns
@@ -74,13 +74,7 @@ void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t
             __builtin_prefetch(row + f.x.sC + part.first + j);
         part.sources[i].row = read_plane(row, f.x.sH, 1, g.W(), s, memory.data() + i * line).data;
       }
-      T* to = d.p + (c - c0) * d.step + part.pixel;
-      if constexpr (std::is_same_v<A, T>) {
-        sum_row(part.columns, part.sources, A(0), to);
-      } else {
-        sum_row(part.columns, part.sources, A(0), sums.data());
-        narrow_row(sums.data(), part.last - part.first, to);
-      }
+      sum_row(part.columns, part.sources, A(0), d.p + (c - c0) * d.step + part.pixel);
     }
   }
 }
