@@ -1,4 +1,5 @@
-// What every cuda.cu needs of the host: launching, the device and stream of a tensor, storage types, choice of vectors.
+// What every cuda.cu needs of the host: launching, the device and stream of a tensor, storage types, choice
+// of vectors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -48,11 +49,16 @@ class __attribute__((visibility("hidden"))) Queue {
 template <class F>
 void by_storage(const Tensor& x, F&& f) {
   switch (x.scalar_type()) {
-    case ScalarType::Double: return f(double());
-    case ScalarType::Float: return f(float());
-    case ScalarType::BFloat16: return f(__nv_bfloat16());
-    case ScalarType::Half: return f(__half());
-    default: STD_TORCH_CHECK(false, "segkernels: unsupported type ", torch::headeronly::toString(x.scalar_type()));
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16());
+    case ScalarType::Half:
+      return f(__half());
+    default:
+      STD_TORCH_CHECK(false, "segkernels: unsupported type ", torch::headeronly::toString(x.scalar_type()));
   }
 }
 
@@ -66,12 +72,14 @@ const T* data(const std::optional<Tensor>& t) {
   return t ? const_data<T>(*t) : nullptr;
 }
 
-// Whether vectors of `width` channels can be moved whole in every map given: channels dense, everything else aligned.
+// Whether vectors of `width` channels can be moved whole in every map given: channels dense, everything else
+// aligned.
 inline bool vectorises(int width, int64_t channels, std::initializer_list<const Tensor*> maps) {
   if (channels % width) return false;
   for (const Tensor* t : maps) {
     const auto n = t->sizes(), s = t->strides();
-    if (s[1] != 1 || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % (width * t->element_size())) return false;
+    if (s[1] != 1 || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % (width * t->element_size()))
+      return false;
     for (const int d : {0, 2, 3})
       if (n[d] > 1 && s[d] % width) return false;
   }
@@ -80,9 +88,10 @@ inline bool vectorises(int width, int64_t channels, std::initializer_list<const 
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How blocks lie over `items` per map (pixels or walks) and `channels`; see Tiling. turns > 1 (fewer, longer blocks)
-// only where a block's sums cost something.
-inline Tiling tile(int64_t items, int64_t channels, int rates, int width, int bytes, bool channels_last, int turns) {
+// How blocks lie over `items` per map (pixels or walks) and `channels`; see Tiling. turns > 1 (fewer, longer
+// blocks) only where a block's sums cost something.
+inline Tiling tile(int64_t items, int64_t channels, int rates, int width, int bytes, bool channels_last,
+                   int turns) {
   Tiling t;
   t.lanes = 1;
   if (channels_last)

@@ -71,8 +71,8 @@ struct Strides {
 
 // Sizes of one convolution. For the gradient of x the map that is read is dy (see reversed()).
 struct Correlation {
-  int channels;        // C
-  int rows, columns;   // of the map that is read
+  int channels;       // C
+  int rows, columns;  // of the map that is read
   int out_rows, out_columns;
   int kh, kw, stride_h, stride_w;
   int pad_h[MAX_RATES], pad_w[MAX_RATES], rate_h[MAX_RATES], rate_w[MAX_RATES];
@@ -93,10 +93,11 @@ __device__ inline bool passes(Activation act, A a) {
   return act == Activation::none || (!(a <= A(0)) && !(act == Activation::relu6 && a >= A(6)));
 }
 
-// How a block of threads lies over a map: `lanes` (a power of two ≤ 32) vectors of V channels, and for each of them
-// blockDim.x / lanes items (pixels, or walks over pixels). channels_last: the lanes of a warp read neighbouring
-// channels. NCHW: lanes = 1, and neighbouring threads own neighbouring columns. A block is (map, tile of `items` ·
-// `turns`, channel tile, rate), the rate fastest, so that the rates over one input meet in the L2 cache.
+// How a block of threads lies over a map: `lanes` (a power of two ≤ 32) vectors of V channels, and for each
+// of them blockDim.x / lanes items (pixels, or walks over pixels). channels_last: the lanes of a warp read
+// neighbouring channels. NCHW: lanes = 1, and neighbouring threads own neighbouring columns. A block is (map,
+// tile of `items` · `turns`, channel tile, rate), the rate fastest, so that the rates over one input meet in
+// the L2 cache.
 struct Tiling {
   int lanes, turns, tiles, channel_tiles, rates;
   __host__ __device__ int64_t splits(int64_t B) const { return B * tiles; }
@@ -123,8 +124,9 @@ __device__ inline Place place_of(const Tiling& t) {
   return p;
 }
 
-// Sums each of N values over the threads of the block that have the same lane, in an order that the launch alone fixes,
-// and calls write(n, lane, total) once per sum. All threads must arrive. shared: (blockDim.x / 32) · N · lanes values.
+// Sums each of N values over the threads of the block that have the same lane, in an order that the launch
+// alone fixes, and calls write(n, lane, total) once per sum. All threads must arrive. shared: (blockDim.x /
+// 32) · N · lanes values.
 template <int N, class A, class F>
 __device__ inline void sum_over_columns(A (&value)[N], int lanes, A* shared, F write) {
   const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -144,7 +146,8 @@ __device__ inline void sum_over_columns(A (&value)[N], int lanes, A* shared, F w
   __syncthreads();
 }
 
-// Count, mean and sum of squared deviations of a set; sets are merged by Chan's formula (Chan, Golub, LeVeque 1983).
+// Count, mean and sum of squared deviations of a set; sets are merged by Chan's formula (Chan, Golub, LeVeque
+// 1983).
 template <class A>
 struct Moments {
   A n, mean, m2;

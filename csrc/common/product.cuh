@@ -1,9 +1,10 @@
 // Matrix products of a block of warps out of shared memory: one tile shape for all types.
 //
-// A warp owns 32 rows × 64 columns of the result, kept in 64 accumulators per lane. With g = lane / 4 and t = lane % 4
-// accumulator [i][j][e] is row 16i + g + 8·(e / 2), column 8j + 2t + e % 2: the layout of the tensor cores (mma.cuh), which
-// the plain multiply-adds of float and double (exact, no TF32) share. Both operands lie [row][k] in shared memory, 64 bytes
-// of k per row; rows are 80 bytes apart, so that neither kind of load meets a bank conflict.
+// A warp owns 32 rows × 64 columns of the result, kept in 64 accumulators per lane. With g = lane / 4 and t =
+// lane % 4 accumulator [i][j][e] is row 16i + g + 8·(e / 2), column 8j + 2t + e % 2: the layout of the tensor
+// cores (mma.cuh), which the plain multiply-adds of float and double (exact, no TF32) share. Both operands
+// lie [row][k] in shared memory, 64 bytes of k per row; rows are 80 bytes apart, so that neither kind of load
+// meets a bank conflict.
 #pragma once
 
 #include "common/mma.cuh"

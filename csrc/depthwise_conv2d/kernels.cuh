@@ -3,11 +3,11 @@
 //     y[b, ρC + c, i, j] = bias[ρ, c] + Σ_ef w[ρ, c, e, f] · x[b, c, i·s − p_ρ + e·r_ρ, j·s − p_ρ + f·r_ρ]
 //
 // Stride 1, K×K (K = 3, 5): the walk. A rate-r convolution is r_h × r_w independent dense ones on interleaved
-// sub-images. A thread owns V channels of one column and walks rows i, i + r, i + 2r, … of one residue class with K
-// running accumulators, so every row is loaded once (per column tap) and feeds K outputs. Rows outside are skipped.
-// The gradient of x is the same walk over dy with the taps reversed, and dw_ef = Σ x · dy uses the very dy taps it
-// loads: x is read at the centre only.
-// Everything else (stride 2, other kernels, the sum of dx over several rates): one thread per element, all taps.
+// sub-images. A thread owns V channels of one column and walks rows i, i + r, i + 2r, … of one residue class
+// with K running accumulators, so every row is loaded once (per column tap) and feeds K outputs. Rows outside
+// are skipped. The gradient of x is the same walk over dy with the taps reversed, and dw_ef = Σ x · dy uses
+// the very dy taps it loads: x is read at the centre only. Everything else (stride 2, other kernels, the sum
+// of dx over several rates): one thread per element, all taps.
 #pragma once
 
 #include "common/device.cuh"
@@ -59,8 +59,8 @@ struct Taps {
 
 // w of V channels, widened; reversed in both directions for the gradient of x. w: [R, C, K, K]
 template <class T, int V, int K>
-__device__ inline void load_weights(acc_t<T> (&weight)[K][K][V], const T* w, const Correlation& k, const Place& at,
-                                    bool reversed) {
+__device__ inline void load_weights(acc_t<T> (&weight)[K][K][V], const T* w, const Correlation& k,
+                                    const Place& at, bool reversed) {
 #pragma unroll
   for (int v = 0; v < V; ++v)
 #pragma unroll
@@ -71,8 +71,8 @@ __device__ inline void load_weights(acc_t<T> (&weight)[K][K][V], const T* w, con
 
 // Merges the threads' moments per channel and writes those of this block: moments [splits][3][R·C].
 template <int V, class A>
-__device__ inline void write_moments(RunningMoments<A> (&running)[V], A* moments, const Tiling& tiling, const Place& at,
-                                     int channels, A* shared) {
+__device__ inline void write_moments(RunningMoments<A> (&running)[V], A* moments, const Tiling& tiling,
+                                     const Place& at, int channels, A* shared) {
   const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, width = tiling.lanes * V;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -98,9 +98,10 @@ __device__ inline void write_moments(RunningMoments<A> (&running)[V], A* moments
   }
 }
 
-// y = w ⊛ x + bias by walks; `reversed` turns the kernel round (gradient of x). MOMENTS: also of the stored y.
+// y = w ⊛ x + bias by walks; `reversed` turns the kernel round (gradient of x). MOMENTS: also of the stored
+// y.
 template <class T, int V, int K, bool MOMENTS>
-__global__ void __launch_bounds__(BLOCK, 1)
+__global__ void __launch_bounds__(BLOCK, K == 3 && !MOMENTS ? 3 : 1)
     depthwise_conv2d_walk_kernel(const T* __restrict__ x, Strides xs, const T* __restrict__ w,
                                  const T* __restrict__ bias, T* __restrict__ y, Strides ys, Correlation k,
                                  Tiling tiling, int length, bool reversed, acc_t<T>* __restrict__ moments) {
@@ -117,7 +118,8 @@ __global__ void __launch_bounds__(BLOCK, 1)
           walk_of((int64_t(at.tile) * tiling.turns + turn) * at.columns + at.column, k, at.rate, length);
       if (walk.steps == 0) break;
       Taps<T, V, K> taps(x + at.b * xs.b + at.c * xs.c, xs, k, at.rate, walk);
-      T* out = y + at.b * ys.b + (int64_t(at.rate) * k.channels + at.c) * ys.c + walk.row * ys.h + walk.column * ys.w;
+      T* out = y + at.b * ys.b + (int64_t(at.rate) * k.channels + at.c) * ys.c + walk.row * ys.h +
+               walk.column * ys.w;
 
       A acc[K][V] = {};  // output u of the walk lives in slot u % K
       for (int t0 = 0; t0 < walk.steps + K - 1; t0 += K) {
@@ -158,18 +160,20 @@ __global__ void __launch_bounds__(BLOCK, 1)
     }
   }
   if constexpr (MOMENTS) {
-    extern __shared__ double shared[];
+    extern __shared__ __align__(16) double shared[];
     write_moments<V>(running, moments, tiling, at, k.channels, reinterpret_cast<A*>(shared));
   }
 }
 
-// dx (if DX) and partial sums of dw and db in one pass, by walks over the rows of x. k is reversed: it reads dy.
-// partial: [splits][R][K·K + 1][C], the last row is db, counted at the centre tap (same padding only: `centred`).
+// dx (if DX) and partial sums of dw and db in one pass, by walks over the rows of x. k is reversed: it reads
+// dy. partial: [splits][R][K·K + 1][C], the last row is db, counted at the centre tap (same padding only:
+// `centred`).
 template <class T, int V, int K, bool DX>
-__global__ void __launch_bounds__(BLOCK, 1)
-    depthwise_conv2d_walk_backward_kernel(const T* __restrict__ dy, Strides dys, const T* __restrict__ x, Strides xs,
-                                          const T* __restrict__ w, T* __restrict__ dx, Strides dxs,
-                                          acc_t<T>* __restrict__ partial, Correlation k, Tiling tiling, int length) {
+__global__ void __launch_bounds__(BLOCK, K == 3 ? 3 : 1)
+    depthwise_conv2d_walk_backward_kernel(const T* __restrict__ dy, Strides dys, const T* __restrict__ x,
+                                          Strides xs, const T* __restrict__ w, T* __restrict__ dx,
+                                          Strides dxs, acc_t<T>* __restrict__ partial, Correlation k,
+                                          Tiling tiling, int length) {
   using A = acc_t<T>;
   const Place at = place_of<V>(tiling);
   A dw[(K * K + 1) * V] = {};
@@ -181,7 +185,8 @@ __global__ void __launch_bounds__(BLOCK, 1)
       const Walk walk =
           walk_of((int64_t(at.tile) * tiling.turns + turn) * at.columns + at.column, k, at.rate, length);
       if (walk.steps == 0) break;
-      Taps<T, V, K> taps(dy + at.b * dys.b + (int64_t(at.rate) * k.channels + at.c) * dys.c, dys, k, at.rate, walk);
+      Taps<T, V, K> taps(dy + at.b * dys.b + (int64_t(at.rate) * k.channels + at.c) * dys.c, dys, k, at.rate,
+                         walk);
       const int64_t stride = int64_t(k.rate_h[at.rate]);
       const T* in = x + at.b * xs.b + at.c * xs.c + walk.row * xs.h + walk.column * xs.w;
       T* out = DX ? dx + at.b * dxs.b + at.c * dxs.c + walk.row * dxs.h + walk.column * dxs.w : nullptr;
@@ -234,7 +239,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
       }
     }
   }
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   sum_over_columns(dw, tiling.lanes, reinterpret_cast<A*>(shared), [&](int n, int lane, A total) {
     const int c = at.c + (lane - at.lane) * V + n % V;
     if (c < k.channels)
@@ -280,7 +285,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
     store<V>(y + at.b * ys.b + channel * ys.c + i * ys.h + j * ys.w, done);
   }
   if constexpr (MOMENTS) {
-    extern __shared__ double shared[];
+    extern __shared__ __align__(16) double shared[];
     write_moments<V>(running, moments, tiling, at, k.channels, reinterpret_cast<A*>(shared));
   }
 }
@@ -295,7 +300,8 @@ __device__ inline int source(int m, int pad, int rate, int e, int stride, int si
 template <class T, int V>
 __global__ void __launch_bounds__(BLOCK, 1)
     depthwise_conv2d_gather_dx_kernel(const T* __restrict__ dy, Strides dys, const T* __restrict__ w,
-                                      T* __restrict__ dx, Strides dxs, Correlation k, int rates, Tiling tiling) {
+                                      T* __restrict__ dx, Strides dxs, Correlation k, int rates,
+                                      Tiling tiling) {
   using A = acc_t<T>;
   const Place at = place_of<V>(tiling);
   const int64_t pixel = int64_t(at.tile) * at.columns + at.column;
@@ -325,10 +331,11 @@ __global__ void __launch_bounds__(BLOCK, 1)
 // Partial sums of dw and db: any kernel, any stride. partial: [splits][R][kh·kw + 1][C]
 template <class T>
 __global__ void __launch_bounds__(BLOCK, 1)
-    depthwise_conv2d_gather_dw_kernel(const T* __restrict__ dy, Strides dys, const T* __restrict__ x, Strides xs,
-                                      acc_t<T>* __restrict__ partial, Correlation k, Tiling tiling) {
+    depthwise_conv2d_gather_dw_kernel(const T* __restrict__ dy, Strides dys, const T* __restrict__ x,
+                                      Strides xs, acc_t<T>* __restrict__ partial, Correlation k,
+                                      Tiling tiling) {
   using A = acc_t<T>;
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   const Place at = place_of<1>(tiling);
   const int64_t channel = int64_t(at.rate) * k.channels + at.c, pixels = int64_t(k.out_rows) * k.out_columns;
   const int taps = k.kh * k.kw;
@@ -347,17 +354,18 @@ __global__ void __launch_bounds__(BLOCK, 1)
     }
     sum_over_columns(sum, tiling.lanes, reinterpret_cast<A*>(shared), [&](int, int lane, A total) {
       const int c = at.c + lane - at.lane;
-      if (c < k.channels) partial[((at.split * tiling.rates + at.rate) * (taps + 1) + tap) * k.channels + c] = total;
+      if (c < k.channels)
+        partial[((at.split * tiling.rates + at.rate) * (taps + 1) + tap) * k.channels + c] = total;
     });
   }
 }
 
-// dw [R, C, taps] and db [R, C] from the partial sums, added in the order of the splits; either may be absent.
-// Block: 32 channels × 8 strands of splits.
+// dw [R, C, taps] and db [R, C] from the partial sums, added in the order of the splits; either may be
+// absent. Block: 32 channels × 8 strands of splits.
 template <class T>
 __global__ void __launch_bounds__(BLOCK, 1)
-    depthwise_conv2d_finish_kernel(const acc_t<T>* __restrict__ partial, int64_t splits, int channels, int taps,
-                                   T* __restrict__ dw, T* __restrict__ db) {
+    depthwise_conv2d_finish_kernel(const acc_t<T>* __restrict__ partial, int64_t splits, int channels,
+                                   int taps, T* __restrict__ dw, T* __restrict__ db) {
   using A = acc_t<T>;
   __shared__ A strand[BLOCK];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;

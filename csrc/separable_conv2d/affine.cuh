@@ -1,4 +1,5 @@
-// h = φ(γ·N(a) + β) per channel and its gradient. N is the identity (mean null) or standardisation by the batch's moments.
+// h = φ(γ·N(a) + β) per channel and its gradient. N is the identity (mean null) or standardisation by the
+// batch's moments.
 //
 // With g = dh · φ'(γ·N + β): dβ = Σ g, dγ = Σ g·N; da = γ·g, or with standardisation (n values per channel)
 //     da = γ/√(var + eps) · (g − Σg/n − N·Σ(g·N)/n).
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(BLOCK, 1)
   });
 }
 
-// What a thread needs to form g and N of its V channels. The slope of φ is read off h where it is given, else off
-// γ·N(a) + β; a may be absent where neither N nor that slope is asked for.
+// What a thread needs to form g and N of its V channels. The slope of φ is read off h where it is given, else
+// off γ·N(a) + β; a may be absent where neither N nor that slope is asked for.
 template <class T, int V>
 struct Slope {
   using A = acc_t<T>;
@@ -63,7 +64,8 @@ struct Slope {
   Activation act;
   bool from_output;
 
-  __device__ Slope(const Affine<A>& affine, int c, bool from_output_) : act(affine.act), from_output(from_output_) {
+  __device__ Slope(const Affine<A>& affine, int c, bool from_output_)
+      : act(affine.act), from_output(from_output_) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       centre[v] = affine.centre(c + v), scale[v] = affine.scale(c + v);
@@ -80,8 +82,8 @@ struct Slope {
 template <class T, int V>
 __global__ void __launch_bounds__(BLOCK, 1)
     affine_sums_kernel(const T* __restrict__ dh, Strides dhs, const T* __restrict__ a, Strides as,
-                       const T* __restrict__ h, Strides hs, Affine<acc_t<T>> affine, acc_t<T>* __restrict__ partial,
-                       int channels, int rows, int columns, Tiling tiling) {
+                       const T* __restrict__ h, Strides hs, Affine<acc_t<T>> affine,
+                       acc_t<T>* __restrict__ partial, int channels, int rows, int columns, Tiling tiling) {
   using A = acc_t<T>;
   const Place at = place_of<V>(tiling);
   A sums[2 * V] = {};
@@ -100,20 +102,22 @@ __global__ void __launch_bounds__(BLOCK, 1)
       }
     });
   }
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   sum_over_columns(sums, tiling.lanes, reinterpret_cast<A*>(shared), [&](int n, int lane, A total) {
     const int c = at.c + (lane - at.lane) * V + n % V;
     if (c < channels) partial[(at.split * 2 + n / V) * channels + c] = total;
   });
 }
 
-// da; sum_g and sum_gn [channels] are those of the whole batch (used with standardisation only), count their n. da may
-// be dh.
+// da; sum_g and sum_gn [channels] are those of the whole batch (used with standardisation only), count their
+// n. da may be dh.
 template <class T, int V>
 __global__ void __launch_bounds__(BLOCK, 1)
-    affine_backward_kernel(const T* dh, Strides dhs, const T* __restrict__ a, Strides as, const T* __restrict__ h,
-                           Strides hs, Affine<acc_t<T>> affine, const acc_t<T>* __restrict__ sum_g,
-                           const acc_t<T>* __restrict__ sum_gn, acc_t<T> count, T* da, Strides das, int channels, int rows, int columns, Tiling tiling) {
+    affine_backward_kernel(const T* dh, Strides dhs, const T* __restrict__ a, Strides as,
+                           const T* __restrict__ h, Strides hs, Affine<acc_t<T>> affine,
+                           const acc_t<T>* __restrict__ sum_g, const acc_t<T>* __restrict__ sum_gn,
+                           acc_t<T> count, T* da, Strides das, int channels, int rows, int columns,
+                           Tiling tiling) {
   using A = acc_t<T>;
   const Place at = place_of<V>(tiling);
   if (at.c >= channels) return;
@@ -139,11 +143,12 @@ __global__ void __launch_bounds__(BLOCK, 1)
   });
 }
 
-// Σ g and Σ g·N [channels] from the partial sums, added in a fixed order. Block: 32 elements × 4 strands of splits.
+// Σ g and Σ g·N [channels] from the partial sums, added in a fixed order. Block: 32 elements × 4 strands of
+// splits.
 template <class A>
 __global__ void __launch_bounds__(BLOCK, 1)
-    affine_sums_finish_kernel(const A* __restrict__ partial, int64_t splits, int channels, A* __restrict__ sum_g,
-                              A* __restrict__ sum_gn) {
+    affine_sums_finish_kernel(const A* __restrict__ partial, int64_t splits, int channels,
+                              A* __restrict__ sum_g, A* __restrict__ sum_gn) {
   __shared__ A strand[BLOCK];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   const int64_t e = int64_t(blockIdx.x) * WARP + lane, elements = 2 * int64_t(channels);

@@ -25,14 +25,18 @@ struct AffineTensors {
 AffineTensors affine_of(const Tensor& x, int64_t channels, const MaybeTensor& gamma, const MaybeTensor& beta,
                         const std::string& act, std::optional<double> eps) {
   for (const MaybeTensor& t : {gamma, beta})
-    STD_TORCH_CHECK(!t || (t->numel() == channels && t->is_contiguous() && t->scalar_type() == acc_type(x.scalar_type())),
-                    "segkernels: gamma and beta must be [channels], contiguous, of the accumulation type");
+    STD_TORCH_CHECK(
+        !t || (t->numel() == channels && t->is_contiguous() && t->scalar_type() == acc_type(x.scalar_type())),
+        "segkernels: gamma and beta must be [channels], contiguous, of the accumulation type");
   return {gamma, beta, std::nullopt, std::nullopt, eps.value_or(0), activation(act)};
 }
 
-Tensor empty_sums(const Tensor& x, std::vector<int64_t> sizes) { return empty(x, sizes, acc_type(x.scalar_type())); }
+Tensor empty_sums(const Tensor& x, std::vector<int64_t> sizes) {
+  return empty(x, sizes, acc_type(x.scalar_type()));
+}
 
-// What the product reads at its left: x through the depthwise kernel, or a map [B, R·K, H', W'] as it is (w absent).
+// What the product reads at its left: x through the depthwise kernel, or a map [B, R·K, H', W'] as it is (w
+// absent).
 struct Left {
   Tensor x;
   MaybeTensor w;
@@ -43,13 +47,13 @@ struct Left {
 // y = φ₂(γ₂·N₂(h·vᵀ) + β₂) into the map y [B, R·N, H', W']; v [R, N, K], or [R, K, N] read as its transpose.
 // Returns the moments [pixel tiles, 3, R·N] of what was stored if they are asked for.
 template <class T>
-Tensor product(const Queue& queue, const Left& left, const Tensor& v, bool transposed, const AffineTensors& affine,
-               const Tensor& y, bool moments) {
+Tensor product(const Queue& queue, const Left& left, const Tensor& v, bool transposed,
+               const AffineTensors& affine, const Tensor& y, bool moments) {
   using A = acc_t<T>;
   const int64_t rates = v.size(0), N = v.size(transposed ? 2 : 1), K = v.size(transposed ? 1 : 2);
   const Correlation& g = left.geometry;
-  ProductShape shape = {y.size(0) * g.out_rows * g.out_columns, int(K), int(N), int(rates), 0,
-                        is_channels_last(map_of(y))};
+  ProductShape shape = {
+      y.size(0) * g.out_rows * g.out_columns, int(K), int(N), int(rates), 0, is_channels_last(map_of(y))};
   const bool vectors = vectorises(whole<T>, K, {&left.x}) &&
                        (transposed || reinterpret_cast<uintptr_t>(v.const_data_ptr()) % 16 == 0);
   Tensor sums = empty_sums(y, {0, 3, rates * N});
@@ -60,13 +64,13 @@ Tensor product(const Queue& queue, const Left& left, const Tensor& v, bool trans
     const int64_t tiles = ceil_div(shape.pixels, Stage::ROWS);
     if (moments) sums = empty_sums(y, {tiles, 3, rates * N});
     const Strides xs = strides_of(left.x);
-    const Inner<T> inner = {const_data<T>(left.x), xs, left.w ? 0 : K * xs.c, data<T>(left.w), g,
-                            left.affine.on_device<A>()};
+    const Inner<T> inner = {const_data<T>(left.x), xs, left.w ? 0 : K * xs.c,
+                            data<T>(left.w),       g,  left.affine.on_device<A>()};
     const Weights<T> weights = {const_data<T>(v), N * K, transposed ? 1 : K, transposed ? N : 1};
     const Outer<T> outer = {mutable_data<T>(y), strides_of(y), affine.on_device<A>(),
                             moments ? mutable_data<A>(sums) : nullptr, vectorises(2, N, {&y})};
-    queue.launch(&separable_conv2d_kernel<T, V, PIXEL_WARPS, PC>, tiles * rates * shape.outer_tiles, Stage::THREADS,
-                 Stage::bytes(g.kh * g.kw), inner, weights, outer, shape);
+    queue.launch(&separable_conv2d_kernel<T, V, PIXEL_WARPS, PC>, tiles * rates * shape.outer_tiles,
+                 Stage::THREADS, Stage::bytes(g.kh * g.kw), inner, weights, outer, shape);
   });
   return sums;
 }
@@ -88,9 +92,9 @@ template <class T>
 Tensor apply(const Queue& queue, const Tensor& a, const AffineTensors& affine) {
   const Tensor h = empty_map(a, {a.size(0), a.size(1), a.size(2), a.size(3)}, is_channels_last(map_of(a)));
   over_map<T>(h, {&a, &h}, true, [&](auto width, const Tiling& tiling) {
-    queue.launch(&affine_kernel<T, width>, tiling.blocks(a.size(0)), BLOCK, 0, const_data<T>(a), strides_of(a),
-                 mutable_data<T>(h), strides_of(h), affine.on_device<acc_t<T>>(), int(a.size(1)), int(a.size(2)),
-                 int(a.size(3)), tiling);
+    queue.launch(&affine_kernel<T, width>, tiling.blocks(a.size(0)), BLOCK, 0, const_data<T>(a),
+                 strides_of(a), mutable_data<T>(h), strides_of(h), affine.on_device<acc_t<T>>(),
+                 int(a.size(1)), int(a.size(2)), int(a.size(3)), tiling);
   });
   return h;
 }
@@ -111,7 +115,7 @@ struct AffineSums {
 // a: the input of the affine map, h: its output; see Slope.
 template <class T>
 AffineSums affine_sums(const Queue& queue, const Tensor& dh, const MaybeTensor& a, const MaybeTensor& h,
-                   const AffineTensors& affine) {
+                       const AffineTensors& affine) {
   using A = acc_t<T>;
   const int64_t B = dh.size(0), channels = dh.size(1);
   const AffineSums sums = {empty_sums(dh, {channels}), empty_sums(dh, {channels})};
@@ -120,11 +124,12 @@ AffineSums affine_sums(const Queue& queue, const Tensor& dh, const MaybeTensor& 
     constexpr int V = width;
     const Tensor partial = empty_sums(dh, {tiling.splits(B), 2, channels});
     queue.launch(&affine_sums_kernel<T, V>, tiling.blocks(B), BLOCK, column_sums(tiling, 2 * V, sizeof(A)),
-                 const_data<T>(dh), strides_of(dh), data<T>(a), strides_or_none(a), data<T>(h), strides_or_none(h),
-                 affine.on_device<A>(), mutable_data<A>(partial), int(channels), int(dh.size(2)), int(dh.size(3)),
-                 tiling);
-    queue.launch(&affine_sums_finish_kernel<A>, ceil_div(2 * channels, WARP), BLOCK, 0, const_data<A>(partial),
-                 tiling.splits(B), int(channels), mutable_data<A>(sums.g), mutable_data<A>(sums.gn));
+                 const_data<T>(dh), strides_of(dh), data<T>(a), strides_or_none(a), data<T>(h),
+                 strides_or_none(h), affine.on_device<A>(), mutable_data<A>(partial), int(channels),
+                 int(dh.size(2)), int(dh.size(3)), tiling);
+    queue.launch(&affine_sums_finish_kernel<A>, ceil_div(2 * channels, WARP), BLOCK, 0,
+                 const_data<A>(partial), tiling.splits(B), int(channels), mutable_data<A>(sums.g),
+                 mutable_data<A>(sums.gn));
   });
   return sums;
 }
@@ -140,20 +145,22 @@ void affine_backward(const Queue& queue, const Tensor& dh, const MaybeTensor& a,
     queue.launch(&affine_backward_kernel<T, width>, tiling.blocks(da.size(0)), BLOCK, 0, const_data<T>(dh),
                  strides_of(dh), data<T>(a), strides_or_none(a), data<T>(h), strides_or_none(h),
                  affine.on_device<A>(), sums ? const_data<A>(sums->g) : nullptr,
-                 sums ? const_data<A>(sums->gn) : nullptr, count, mutable_data<T>(da), strides_of(da), int(da.size(1)),
-                 int(da.size(2)), int(da.size(3)), tiling);
+                 sums ? const_data<A>(sums->gn) : nullptr, count, mutable_data<T>(da), strides_of(da),
+                 int(da.size(1)), int(da.size(2)), int(da.size(3)), tiling);
   });
 }
 
 // dv = γ₂·gᵀh and dγ₂ = Σ v·gᵀh; either may be absent.
 template <class T>
 void pointwise_weights(const Queue& queue, const Tensor& g, const Tensor& d, const AffineTensors& inner,
-                       const Tensor& v, const MaybeTensor& gamma, const MaybeTensor& dv, const MaybeTensor& dgamma) {
+                       const Tensor& v, const MaybeTensor& gamma, const MaybeTensor& dv,
+                       const MaybeTensor& dgamma) {
   using A = acc_t<T>;
   using Stage = GramStage<T, 2, 2>;
   const int64_t rates = v.size(0), N = v.size(1), K = v.size(2);
   const int64_t pixels = d.size(0) * d.size(2) * d.size(3);
-  ProductShape shape = {pixels, int(K), int(N), int(rates), int(ceil_div(N, Stage::ROWS)), is_channels_last(map_of(d))};
+  ProductShape shape = {
+      pixels, int(K), int(N), int(rates), int(ceil_div(N, Stage::ROWS)), is_channels_last(map_of(d))};
   const int64_t tiles = shape.outer_tiles * ceil_div(K, Stage::COLUMNS) * rates;
   const int64_t split = dv_split(pixels, tiles), splits = ceil_div(pixels, split);
   const Tensor partial = empty_sums(d, {splits, rates, N, K});
@@ -167,9 +174,9 @@ void pointwise_weights(const Queue& queue, const Tensor& g, const Tensor& d, con
     run(std::integral_constant<int, WIDTH>());
   else
     run(std::integral_constant<int, 1>());
-  queue.launch(&separable_conv2d_dv_finish_kernel<T>, rates * N, BLOCK, BLOCK / WARP * sizeof(A), const_data<A>(partial),
-               splits, int(K), const_data<T>(v), data<A>(gamma), dv ? mutable_data<T>(*dv) : nullptr,
-               dgamma ? mutable_data<A>(*dgamma) : nullptr);
+  queue.launch(&separable_conv2d_dv_finish_kernel<T>, rates * N, BLOCK, BLOCK / WARP * sizeof(A),
+               const_data<A>(partial), splits, int(K), const_data<T>(v), data<A>(gamma),
+               dv ? mutable_data<T>(*dv) : nullptr, dgamma ? mutable_data<A>(*dgamma) : nullptr);
 }
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -198,10 +205,12 @@ Six separable_conv2d(Tensor x, Tensor w, Tensor v, MaybeTensor gamma1, MaybeTens
     left.w = std::nullopt, left.geometry = pointwise(left.x);
     left.affine.mean = mean1, left.affine.var = var1;
   }
-  Tensor y = empty_map(x, {x.size(0), outer_channels, left.geometry.out_rows, left.geometry.out_columns}, channels_last);
+  Tensor y = empty_map(x, {x.size(0), outer_channels, left.geometry.out_rows, left.geometry.out_columns},
+                       channels_last);
   by_storage(x, [&](auto storage) {
     using T = decltype(storage);
-    const Tensor moments = product<T>(queue, left, v, false, eps2 ? AffineTensors() : outer, y, eps2.has_value());
+    const Tensor moments =
+        product<T>(queue, left, v, false, eps2 ? AffineTensors() : outer, y, eps2.has_value());
     if (!eps2) return;
     o = y;
     merge_moments(queue, moments, &mean2, &var2);
@@ -217,9 +226,10 @@ struct Gradients {
 };
 
 template <class T>
-void backward(const Queue& queue, const Tensor& dy, const Tensor& x, const MaybeTensor& y, const MaybeTensor& o,
-              const Tensor& w, const Tensor& v, const AffineTensors& inner, const AffineTensors& outer,
-              const Ints& stride, const Ints& padding, const Ints& dilation, const Ints& need, Gradients& out) {
+void backward(const Queue& queue, const Tensor& dy, const Tensor& x, const MaybeTensor& y,
+              const MaybeTensor& o, const Tensor& w, const Tensor& v, const AffineTensors& inner,
+              const AffineTensors& outer, const Ints& stride, const Ints& padding, const Ints& dilation,
+              const Ints& need, Gradients& out) {
   const bool standardised = outer.mean.has_value();
   const bool need_dd = need[0] || need[1] || need[3] || need[4];
 
@@ -263,22 +273,24 @@ void backward(const Queue& queue, const Tensor& dy, const Tensor& x, const Maybe
 
 Seven separable_conv2d_backward(Tensor dy, Tensor x, MaybeTensor y, MaybeTensor o, Tensor w, Tensor v,
                                 MaybeTensor gamma1, MaybeTensor beta1, MaybeTensor gamma2, MaybeTensor beta2,
-                                Tensor mean1, Tensor var1, Tensor mean2, Tensor var2, std::string act1, std::string act2,
-                                std::optional<double> eps1, std::optional<double> eps2, Ints stride, Ints padding,
-                                Ints dilation, Ints need) {
+                                Tensor mean1, Tensor var1, Tensor mean2, Tensor var2, std::string act1,
+                                std::string act2, std::optional<double> eps1, std::optional<double> eps2,
+                                Ints stride, Ints padding, Ints dilation, Ints need) {
   const Queue queue(x);
   const Correlation k = correlation(x, w, stride, padding, dilation);
   check_pointwise(x, w, v);
   AffineTensors inner = affine_of(x, w.size(0) * w.size(1), gamma1, beta1, act1, eps1);
   AffineTensors outer = affine_of(x, v.size(0) * v.size(1), gamma2, beta2, act2, eps2);
-  STD_TORCH_CHECK(need.size() == 7 && dy.dim() == 4 && dy.scalar_type() == x.scalar_type() && dy.size(0) == x.size(0) &&
-                      dy.size(1) == v.size(0) * v.size(1) && dy.size(2) == k.out_rows && dy.size(3) == k.out_columns,
+  STD_TORCH_CHECK(need.size() == 7 && dy.dim() == 4 && dy.scalar_type() == x.scalar_type() &&
+                      dy.size(0) == x.size(0) && dy.size(1) == v.size(0) * v.size(1) &&
+                      dy.size(2) == k.out_rows && dy.size(3) == k.out_columns,
                   "segkernels: dy does not fit x, w and v");
   STD_TORCH_CHECK(!eps2 || o, "segkernels: the gradient of batch standardisation needs o");
   STD_TORCH_CHECK(eps2 || outer.act == Activation::none || y, "segkernels: the gradient of act2 needs y");
   for (const MaybeTensor& map : {y, o})
-    STD_TORCH_CHECK(!map || (map->dim() == 4 && map->numel() == dy.numel() && map->scalar_type() == x.scalar_type()),
-                    "segkernels: y and o must be of dy's shape and type");
+    STD_TORCH_CHECK(
+        !map || (map->dim() == 4 && map->numel() == dy.numel() && map->scalar_type() == x.scalar_type()),
+        "segkernels: y and o must be of dy's shape and type");
   if (eps1) inner.mean = mean1, inner.var = var1;
   if (eps2) outer.mean = mean2, outer.var = var2;
 
@@ -286,8 +298,8 @@ Seven separable_conv2d_backward(Tensor dy, Tensor x, MaybeTensor y, MaybeTensor 
                    empty_sums(x, {0}), empty_sums(x, {0}), empty_sums(x, {0})};
   if (need[2]) out.dv = empty(v, {v.size(0), v.size(1), v.size(2)});
   by_storage(x, [&](auto storage) {
-    backward<decltype(storage)>(queue, dy, x, eps2 ? std::nullopt : y, eps2 ? o : std::nullopt, w, v, inner, outer,
-                                stride, padding, dilation, need, out);
+    backward<decltype(storage)>(queue, dy, x, eps2 ? std::nullopt : y, eps2 ? o : std::nullopt, w, v, inner,
+                                outer, stride, padding, dilation, need, out);
   });
   return {out.dx, out.dw, out.dv, out.dgamma1, out.dbeta1, out.dgamma2, out.dbeta2};
 }

@@ -1,9 +1,11 @@
-// Separable convolution: o = v · φ₁(γ₁·N₁(w ⊛ x) + β₁), y = φ₂(γ₂·o + β₂), per rate, without h in global memory.
+// Separable convolution: o = v · φ₁(γ₁·N₁(w ⊛ x) + β₁), y = φ₂(γ₂·o + β₂), per rate, without h in global
+// memory.
 //
-// A block owns a tile of output pixels × output channels. It walks over the inner channels in stages of 64 bytes: for each it
-// makes h of its pixels in shared memory, straight from x (all taps of the depthwise kernel), and multiplies it with the
-// same stage of v while the next stage is being made. With w absent h comes from a map that holds d (training, where the
-// moments of d had to be known first), and with v read transposed the same product is the gradient of h.
+// A block owns a tile of output pixels × output channels. It walks over the inner channels in stages of 64
+// bytes: for each it makes h of its pixels in shared memory, straight from x (all taps of the depthwise
+// kernel), and multiplies it with the same stage of v while the next stage is being made. With w absent h
+// comes from a map that holds d (training, where the moments of d had to be known first), and with v read
+// transposed the same product is the gradient of h.
 #pragma once
 
 #include "common/product.cuh"
@@ -68,7 +70,8 @@ struct ProductStage {
 
 // Per-channel parameters of the stage that begins at channel k0.
 template <class T, class Stage>
-__device__ inline void stage_parameters(Stage& stage, int slot, const Inner<T>& inner, int rate, int k0, int depth) {
+__device__ inline void stage_parameters(Stage& stage, int slot, const Inner<T>& inner, int rate, int k0,
+                                        int depth) {
   const int taps = inner.geometry.kh * inner.geometry.kw;
   for (int k = threadIdx.x; k < DEPTH<T>; k += blockDim.x) {
     if (k0 + k >= depth) continue;
@@ -107,8 +110,8 @@ __device__ inline void depthwise_at(acc_t<T> (&d)[V], Stage& stage, int slot, co
 }
 
 template <class T, int V, class Stage>
-__device__ inline void fill_left(Stage& stage, int slot, const Inner<T>& inner, const ProductShape& shape, int rate,
-                                 int k0) {
+__device__ inline void fill_left(Stage& stage, int slot, const Inner<T>& inner, const ProductShape& shape,
+                                 int rate, int k0) {
   constexpr int VECTORS = DEPTH<T> / V;
   for (int e = threadIdx.x; e < Stage::ROWS * VECTORS; e += Stage::THREADS) {
     const int m = shape.channels_last ? e / VECTORS : e % Stage::ROWS;
@@ -128,8 +131,8 @@ __device__ inline void fill_left(Stage& stage, int slot, const Inner<T>& inner, 
 }
 
 template <class T, int V, class Stage>
-__device__ inline void fill_right(Stage& stage, int slot, const Weights<T>& v, const ProductShape& shape, int rate,
-                                  int n0, int k0) {
+__device__ inline void fill_right(Stage& stage, int slot, const Weights<T>& v, const ProductShape& shape,
+                                  int rate, int n0, int k0) {
   const T* base = v.v + rate * v.rate_stride;
   if (v.k_stride == 1) {
     for (int e = threadIdx.x; e < Stage::COLUMNS * (DEPTH<T> / V); e += Stage::THREADS) {
@@ -142,7 +145,8 @@ __device__ inline void fill_right(Stage& stage, int slot, const Weights<T>& v, c
     for (int e = threadIdx.x; e < Stage::COLUMNS * DEPTH<T>; e += Stage::THREADS) {
       const int n = e % Stage::COLUMNS, k = e / Stage::COLUMNS;
       T in = {};
-      if (n0 + n < shape.outer && k0 + k < shape.inner) in = base[(n0 + n) * v.n_stride + (k0 + k) * v.k_stride];
+      if (n0 + n < shape.outer && k0 + k < shape.inner)
+        in = base[(n0 + n) * v.n_stride + (k0 + k) * v.k_stride];
       stage.right[slot][n][k] = in;
     }
   }
@@ -185,11 +189,12 @@ __device__ inline void store_product(WarpProduct<T>& product, const Stage& stage
   }
 }
 
-// Per-channel moments of the block's results: within the warp by shuffles, across the PR warps through `shared`.
+// Per-channel moments of the block's results: within the warp by shuffles, across the PR warps through
+// `shared`.
 template <class T, int PR, class Stage>
 __device__ inline void product_moments(WarpProduct<T>& product, const Stage& stage, const Outer<T>& outer,
-                                       const ProductShape& shape, int rate, int64_t tile, int m0, int n0, int first,
-                                       acc_t<T>* shared) {
+                                       const ProductShape& shape, int rate, int64_t tile, int m0, int n0,
+                                       int first, acc_t<T>* shared) {
   using A = acc_t<T>;
 #pragma unroll
   for (int j = 0; j < 8; ++j)
@@ -220,10 +225,10 @@ __device__ inline void product_moments(WarpProduct<T>& product, const Stage& sta
 
 // y[pixel, rate, n] = φ₂(γ₂ · Σ_k h[pixel, rate, k] · v[rate, n, k] + β₂)
 template <class T, int V, int PR, int PC>
-__global__ void __launch_bounds__(PR* PC* WARP, 1)
+__global__ void __launch_bounds__(PR * PC * WARP, 1)
     separable_conv2d_kernel(Inner<T> inner, Weights<T> v, Outer<T> outer, ProductShape shape) {
   using Stage = ProductStage<T, PR, PC>;
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   Stage& stage = *reinterpret_cast<Stage*>(shared);
   const int n0 = blockIdx.x % shape.outer_tiles * Stage::COLUMNS;
   const int rate = blockIdx.x / shape.outer_tiles % shape.rates;
@@ -246,18 +251,15 @@ __global__ void __launch_bounds__(PR* PC* WARP, 1)
   const int stages = (shape.inner + DEPTH<T> - 1) / DEPTH<T>;
   WarpProduct<T> product;
   stage_parameters(stage, 0, inner, rate, 0, shape.inner);
-  __syncthreads();
-  fill_left<T, V>(stage, 0, inner, shape, rate, 0);
-  fill_right<T, V>(stage, 0, v, shape, rate, n0, 0);
-  stage_parameters(stage, 1, inner, rate, DEPTH<T>, shape.inner);
-  for (int s = 0; s < stages; ++s) {
+  for (int s = -1; s < stages; ++s) {
     __syncthreads();  // stage s is there, and nobody uses stage s − 1 or its parameters any more
+    const int slot = s & 1, next = slot ^ 1, k0 = (s + 1) * DEPTH<T>;
     if (s + 1 < stages) {
-      fill_left<T, V>(stage, (s + 1) % 2, inner, shape, rate, (s + 1) * DEPTH<T>);
-      fill_right<T, V>(stage, (s + 1) % 2, v, shape, rate, n0, (s + 1) * DEPTH<T>);
+      fill_left<T, V>(stage, next, inner, shape, rate, k0);
+      fill_right<T, V>(stage, next, v, shape, rate, n0, k0);
     }
-    product.multiply(&stage.left[s % 2][m_warp][0], &stage.right[s % 2][n_warp][0]);
-    stage_parameters(stage, s % 2, inner, rate, (s + 2) * DEPTH<T>, shape.inner);
+    if (s >= 0) product.multiply(&stage.left[slot][m_warp][0], &stage.right[slot][n_warp][0]);
+    stage_parameters(stage, slot, inner, rate, k0 + DEPTH<T>, shape.inner);
   }
   store_product(product, stage, outer, shape, rate, m_warp, n0 + n_warp);
   if (!outer.moments) return;
@@ -275,10 +277,12 @@ struct GramStage {
   int64_t offset[2][2][DEPTH<T>];  // of the stage's pixels in g and in d; −1 beyond the last
 };
 
-// [channels][pixels of a stage] of one map; `make(vector, first channel)` turns what is loaded into what is stored.
+// [channels][pixels of a stage] of one map; `make(vector, first channel)` turns what is loaded into what is
+// stored.
 template <class T, int V, int ROWS, int THREADS, class F>
-__device__ inline void fill_transposed(T (*tile)[PITCH<T>], const T* map, int64_t c_stride, const int64_t* offset,
-                                       int c0, int channels, bool channels_last, F make) {
+__device__ inline void fill_transposed(T (*tile)[PITCH<T>], const T* map, int64_t c_stride,
+                                       const int64_t* offset, int c0, int channels, bool channels_last,
+                                       F make) {
   for (int e = threadIdx.x; e < DEPTH<T> * (ROWS / V); e += THREADS) {
     const int k = channels_last ? e / (ROWS / V) : e % DEPTH<T>;
     const int c = (channels_last ? e % (ROWS / V) : e / DEPTH<T>)*V;
@@ -290,15 +294,16 @@ __device__ inline void fill_transposed(T (*tile)[PITCH<T>], const T* map, int64_
   }
 }
 
-// partial[split][rate][n][c] = Σ over the split's pixels of g[pixel, rate, n] · h[pixel, rate, c], h = φ₁(γ₁·N₁(d) + β₁)
+// partial[split][rate][n][c] = Σ over the split's pixels of g[pixel, rate, n] · h[pixel, rate, c], h =
+// φ₁(γ₁·N₁(d) + β₁)
 template <class T, int V, int PR, int PC>
-__global__ void __launch_bounds__(PR* PC* WARP, 1)
+__global__ void __launch_bounds__(PR * PC * WARP, 1)
     separable_conv2d_dv_kernel(const T* __restrict__ g, Strides gs, const T* __restrict__ d, Strides ds,
-                               Affine<acc_t<T>> affine, acc_t<T>* __restrict__ partial, int64_t pixels, int rows,
-                               int columns, int64_t split_pixels, ProductShape shape) {
+                               Affine<acc_t<T>> affine, acc_t<T>* __restrict__ partial, int64_t pixels,
+                               int rows, int columns, int64_t split_pixels, ProductShape shape) {
   using A = acc_t<T>;
   using Stage = GramStage<T, PR, PC>;
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   Stage& stage = *reinterpret_cast<Stage*>(shared);
   const int inner_tiles = (shape.inner + Stage::COLUMNS - 1) / Stage::COLUMNS;
   unsigned block = blockIdx.x;
@@ -320,11 +325,11 @@ __global__ void __launch_bounds__(PR* PC* WARP, 1)
   };
   const auto fill = [&](int slot) {
     fill_transposed<T, V, Stage::ROWS, Stage::THREADS>(
-        stage.left[slot], g + int64_t(rate) * shape.outer * gs.c, gs.c, stage.offset[slot][0], n0, shape.outer,
-        shape.channels_last, [](const Vector<T, V>& in, int) { return in; });
+        stage.left[slot], g + int64_t(rate) * shape.outer * gs.c, gs.c, stage.offset[slot][0], n0,
+        shape.outer, shape.channels_last, [](const Vector<T, V>& in, int) { return in; });
     fill_transposed<T, V, Stage::COLUMNS, Stage::THREADS>(
-        stage.right[slot], d + int64_t(rate) * shape.inner * ds.c, ds.c, stage.offset[slot][1], c0, shape.inner,
-        shape.channels_last, [&](Vector<T, V> in, int c) {
+        stage.right[slot], d + int64_t(rate) * shape.inner * ds.c, ds.c, stage.offset[slot][1], c0,
+        shape.inner, shape.channels_last, [&](Vector<T, V> in, int c) {
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             const int64_t channel = int64_t(rate) * shape.inner + c + v;
@@ -337,14 +342,11 @@ __global__ void __launch_bounds__(PR* PC* WARP, 1)
   const int warp = threadIdx.x / WARP, m_warp = warp % PR * WARP_ROWS, n_warp = warp / PR * WARP_COLUMNS;
   WarpProduct<T> product;
   locate(0, first);
-  __syncthreads();
-  fill(0);
-  locate(1, first + DEPTH<T>);
-  int slot = 0;
-  for (int64_t from = first; from < last; from += DEPTH<T>, slot ^= 1) {
-    __syncthreads();
+  int slot = 1;
+  for (int64_t from = first - DEPTH<T>; from < last; from += DEPTH<T>, slot ^= 1) {
+    __syncthreads();  // as in the product above
     if (from + DEPTH<T> < last) fill(slot ^ 1);
-    product.multiply(&stage.left[slot][m_warp][0], &stage.right[slot][n_warp][0]);
+    if (from >= first) product.multiply(&stage.left[slot][m_warp][0], &stage.right[slot][n_warp][0]);
     locate(slot, from + 2 * DEPTH<T>);
   }
 #pragma unroll
@@ -363,10 +365,10 @@ __global__ void __launch_bounds__(PR* PC* WARP, 1)
 template <class T>
 __global__ void __launch_bounds__(BLOCK, 1)
     separable_conv2d_dv_finish_kernel(const acc_t<T>* __restrict__ partial, int64_t splits, int inner,
-                                      const T* __restrict__ v, const acc_t<T>* __restrict__ gamma, T* __restrict__ dv,
-                                      acc_t<T>* __restrict__ dgamma) {
+                                      const T* __restrict__ v, const acc_t<T>* __restrict__ gamma,
+                                      T* __restrict__ dv, acc_t<T>* __restrict__ dgamma) {
   using A = acc_t<T>;
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   const int64_t row = blockIdx.x, elements = int64_t(gridDim.x) * inner;
   A dot[1] = {0};
   for (int c = threadIdx.x; c < inner; c += blockDim.x) {

@@ -24,8 +24,8 @@ inline Correlation pointwise(const Tensor& map) {
   return k;
 }
 
-// Calls f(V, PC): the vector width, and how many times 64 output channels a block owns (its pixels: 128). All output
-// channels in one block mean that h is made once; float and double have registers for 128 only.
+// Calls f(V, PC): the vector width, and how many times 64 output channels a block owns (its pixels: 128). All
+// output channels in one block mean that h is made once; float and double have registers for 128 only.
 template <class T, class F>
 void by_tile(bool vectors, int64_t outer, F&& f) {
   using std::integral_constant;

@@ -1,6 +1,7 @@
-"""Builds csrc/*/cuda.cu with g++ against the host executor (include/simt.h) and loads it as operators on CPU tensors.
+"""Builds csrc/*/cuda.cu with g++ against the host executor (include/simt.h), for CPU tensors.
 
-`ops()` is `torch.ops.segkernels_simt`: the CUDA implementations, launch code included, under the schemas' own names.
+`ops()` is `torch.ops.segkernels_simt`: the CUDA implementations, launch code included, under the
+names and schemas of `torch.ops.segkernels`.
 """
 
 import hashlib
@@ -12,22 +13,13 @@ from pathlib import Path
 
 import torch
 
+import segkernels  # noqa: F401  declares the operators
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-
-SCHEMAS = (  # noqa
-    "depthwise_conv2d(Tensor x, Tensor w, Tensor? b, int[] stride, int[] padding, int[] dilation) -> Tensor",
-    "depthwise_conv2d_backward(Tensor dy, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation,"
-    " int[] need) -> (Tensor, Tensor, Tensor)",
-    "separable_conv2d(Tensor x, Tensor w, Tensor v, Tensor? gamma1, Tensor? beta1, Tensor? gamma2,"
-    " Tensor? beta2, str act1, str act2, float? eps1, float? eps2, int[] stride, int[] padding, int[] dilation)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "separable_conv2d_backward(Tensor dy, Tensor x, Tensor? y, Tensor? o, Tensor w, Tensor v, Tensor? gamma1,"
-    " Tensor? beta1, Tensor? gamma2, Tensor? beta2, Tensor mean1, Tensor var1, Tensor mean2, Tensor var2, str act1,"
-    " str act2, float? eps1, float? eps2, int[] stride, int[] padding, int[] dilation, int[] need)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+# of the undefined-behaviour checks those that find addressing faults: all of them double the compile time
+UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
+SANITIZE = [f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}"]
 
 
 def sources() -> list[Path]:
@@ -43,11 +35,17 @@ def build(sanitize: bool) -> Path:
     """The library for the sources as they are; compiled once per content."""
     torch_dir = Path(torch.__file__).parent
     flags = [
-        *"-std=c++17 -O1 -g1 -fPIC -fno-extern-tls-init -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000".split(),
+        *("-std=c++17", "-O1", "-fPIC", "-fno-extern-tls-init", "-DUSE_CUDA"),
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
         *(f"-I{path}" for path in (HERE / "include", ROOT / "csrc", torch_dir / "include")),
         *(SANITIZE if sanitize else []),
     ]
-    inputs = [p for folder in (ROOT / "csrc", HERE) for p in sorted(folder.rglob("*")) if p.suffix in SUFFIXES]
+    inputs = [
+        p
+        for folder in (ROOT / "csrc", HERE)
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in SUFFIXES
+    ]
     digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
     for path in inputs:
         digest.update(path.name.encode() + path.read_bytes())
@@ -59,7 +57,9 @@ def build(sanitize: bool) -> Path:
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.parent.name}.o")
-        register = ["-include", str(HERE / "include" / "register.h")] if source.suffix == ".cu" else []
+        register = (
+            ["-include", str(HERE / "include" / "register.h")] if source.suffix == ".cu" else []
+        )
         run(["g++", *flags, *register, "-x", "c++", "-c", str(source), "-o", target])
         return target
 
@@ -67,7 +67,18 @@ def build(sanitize: bool) -> Path:
         objects = list(pool.map(compile_one, [*sources(), HERE / "simt.cpp"]))
     partial = library.with_suffix(f".{os.getpid()}")
     libs = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
-    run(["g++", "-shared", "-Wl,-Bsymbolic-functions", *(SANITIZE if sanitize else []), *objects, "-o", str(partial), *libs])
+    run(
+        [
+            "g++",
+            "-shared",
+            "-Wl,-Bsymbolic-functions",
+            *(SANITIZE if sanitize else []),
+            *objects,
+            "-o",
+            str(partial),
+            *libs,
+        ]
+    )
     partial.replace(library)
     return library
 
@@ -86,8 +97,10 @@ def ops():
     """The operators on the executor; defines their schemas at the first call."""
     torch.set_num_threads(1)  # the executor has one thread, and the truths are tiny
     library = torch.library.Library("segkernels_simt", "DEF")
-    for schema in SCHEMAS:
-        library.define(schema)
+    for operator in (source.parent.name for source in sources()):
+        for name in (operator, f"{operator}_backward"):
+            schema = getattr(torch.ops.segkernels, name).default._schema
+            library.define(str(schema).removeprefix("segkernels::"))
     torch.ops.load_library(str(build(sanitized())))
     ops.library = library  # lives as long as the process
     return torch.ops.segkernels_simt

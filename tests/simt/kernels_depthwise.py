@@ -1,4 +1,4 @@
-"""depthwise_conv2d's CUDA kernels, forward and backward, on the executor. Run by test_simt.py under the sanitizers."""
+"""depthwise_conv2d's CUDA kernels on the executor; test_simt.py runs this under the sanitizers."""
 
 import pytest
 import torch
@@ -37,7 +37,11 @@ def inputs(case, dtype, layout, seed=0):
     w = torch.randn(len(rates), C, kh, kw, generator=g).to(dtype)
     b = torch.randn(len(rates), C, generator=g).to(dtype)
     dilation = [r for pair in rates for r in pair]
-    padding = [r * (k - 1) // 2 if same else 0 for pair in rates for r, k in zip(pair, (kh, kw), strict=True)]
+    padding = [
+        r * (k - 1) // 2 if same else 0
+        for pair in rates
+        for r, k in zip(pair, (kh, kw), strict=True)
+    ]
     return x, w, b, [s, s], padding, dilation
 
 
@@ -63,7 +67,9 @@ def compare(x, w, b, dy, geometry, need=(1, 1, 1)):
     truths = law.gradients(function, [x64, w64, b64], dy.double())
     sizes = law.gradients(function, [x64.abs(), w64.abs(), b64.abs()], dy.double().abs())
     terms = (taps * rates, dy.numel() // max(dy.shape[1], 1), dy.numel() // max(dy.shape[1], 1))
-    for name, got, truth, size, n, wanted in zip(("dx", "dw", "db"), grads, truths, sizes, terms, need, strict=True):
+    for name, got, truth, size, n, wanted in zip(
+        ("dx", "dw", "db"), grads, truths, sizes, terms, need, strict=True
+    ):
         if wanted:
             law.check(name, got, truth, size, n)
         else:
@@ -97,7 +103,14 @@ def test_against_float64(case, dtype, layout):
 @pytest.mark.parametrize("case", ["channels in vectors", "several rates", "no padding"])
 def test_only_what_is_needed(case, need):
     x, w, b, *geometry = inputs(case, torch.float32, "channels_last")
-    compare(x, w, b, cotangent(out_shape(x, w, geometry), torch.float32, "channels_last"), geometry, need)
+    compare(
+        x,
+        w,
+        b,
+        cotangent(out_shape(x, w, geometry), torch.float32, "channels_last"),
+        geometry,
+        need,
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -112,10 +125,19 @@ def test_any_strides(case, dtype, layout):
     if layout == "channels_last":
         room = room.to(memory_format=torch.channels_last)
     views = (
-        (x, dense.to(memory_format=torch.channels_last)),  # of the other memory format, in half of the runs
-        (x.transpose(2, 3).contiguous().transpose(2, 3), dense.transpose(2, 3).contiguous().transpose(2, 3)),
+        (
+            x,
+            dense.to(memory_format=torch.channels_last),
+        ),  # of the other memory format, in half of the runs
+        (
+            x.transpose(2, 3).contiguous().transpose(2, 3),
+            dense.transpose(2, 3).contiguous().transpose(2, 3),
+        ),
         (room[:, 8:, 1:, :W].copy_(x), dense[..., :1].expand(shape)),
-        (room[:, 1 : C + 1, :H, 1:].copy_(x), dense[:1, :1, :1, :1].expand(shape)),  # no vector is aligned
+        (
+            room[:, 1 : C + 1, :H, 1:].copy_(x),
+            dense[:1, :1, :1, :1].expand(shape),
+        ),  # no vector is aligned
     )
     for view, dy in views:
         compare(view, w, b, dy, geometry)

@@ -1,4 +1,4 @@
-"""separable_conv2d's CUDA kernels, forward and backward, on the executor. Run by test_simt.py under the sanitizers."""
+"""separable_conv2d's CUDA kernels on the executor; test_simt.py runs this under the sanitizers."""
 
 import pytest
 import torch
@@ -67,10 +67,16 @@ def reference(x, w, v, gamma1, beta1, gamma2, beta2, mode, geometry, moments=Non
         return ACTIVATIONS[act](wide).to(a.dtype)
 
     (_, act1, eps1), (_, act2, eps2) = MODES[mode]
-    R, D, C = v.shape
+    R, _, C = v.shape
     d = law.depthwise(x, w, None, *geometry)
     h = affine(d, gamma1, beta1, act1, eps1)
-    o = torch.cat([torch.nn.functional.conv2d(h[:, r * C : (r + 1) * C], v[r, :, :, None, None]) for r in range(R)], 1)
+    o = torch.cat(
+        [
+            torch.nn.functional.conv2d(h[:, r * C : (r + 1) * C], v[r, :, :, None, None])
+            for r in range(R)
+        ],
+        1,
+    )
     return affine(o, gamma2, beta2, act2, eps2)
 
 
@@ -105,7 +111,7 @@ def relative(got, truth):
 
 
 def compare(tensors, mode, geometry, dy, need=None):
-    """As near the truth as the equations computed in the same type, up to a budget from the reduction's length."""
+    """As near the truth as the equations in the same type, up to a budget from the reduction."""
     dtype = tensors[0].dtype
     pixels = dy.numel() // max(dy.shape[1], 1)
     budget = 4 * torch.finfo(dtype).eps + pixels**0.5 * torch.finfo(law.accumulation(dtype)).eps
@@ -113,7 +119,9 @@ def compare(tensors, mode, geometry, dy, need=None):
     truth, truths = gradients(widen(tensors), mode, geometry, dy.double())
     same, sames = gradients(tensors, mode, geometry, dy)
     names = ("dx", "dw", "dv", "dgamma1", "dbeta1", "dgamma2", "dbeta2")
-    for name, got, true, ours in zip(("y", *names), (y, *grads), (truth, *truths), (same, *sames), strict=True):
+    for name, got, true, ours in zip(
+        ("y", *names), (y, *grads), (truth, *truths), (same, *sames), strict=True
+    ):
         if name != "y" and not need[names.index(name)]:
             assert got.shape == (0,), name
             continue
@@ -128,8 +136,13 @@ def compare(tensors, mode, geometry, dy, need=None):
             assert moments[2 * i].shape == moments[2 * i + 1].shape == (0,)
             continue
         mean, var = expected.pop(0)
-        assert ((moments[2 * i].double() - mean).abs() <= 8 * torch.finfo(dtype).eps * (mean.abs() + var.sqrt())).all()
-        assert ((moments[2 * i + 1].double() - var).abs() <= 16 * torch.finfo(dtype).eps * var.max()).all()
+        assert (
+            (moments[2 * i].double() - mean).abs()
+            <= 8 * torch.finfo(dtype).eps * (mean.abs() + var.sqrt())
+        ).all()
+        assert (
+            (moments[2 * i + 1].double() - var).abs() <= 16 * torch.finfo(dtype).eps * var.max()
+        ).all()
     return y, grads
 
 

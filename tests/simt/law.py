@@ -1,7 +1,7 @@
 """Truths in float64, and how far from them a kernel may be.
 
-A value made of n terms, accumulated in type A and stored in type T, is off by at most n·eps(A)·Σ|terms| + eps(T)·|value|;
-Σ|terms| is the same formula on absolute values.
+A value made of n terms, accumulated in type A and stored in type T, is off by at most
+n·eps(A)·Σ|terms| + eps(T)·|value|; Σ|terms| is the same formula on absolute values.
 """
 
 import torch
@@ -40,7 +40,9 @@ def gradients(function, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(function(*leaves), leaves, dy))
 
 
-def check(name: str, got: Tensor, truth: Tensor, magnitude: Tensor, terms: int, roundings: int = 1) -> None:
+def check(
+    name: str, got: Tensor, truth: Tensor, magnitude: Tensor, terms: int, roundings: int = 1
+) -> None:
     """`roundings`: of stored intermediates of got's type that enter the value, itself included."""
     storage = torch.finfo(got.dtype).eps
     budget = (terms + 4) * torch.finfo(accumulation(got.dtype)).eps + (roundings - 1) * storage
@@ -48,6 +50,8 @@ def check(name: str, got: Tensor, truth: Tensor, magnitude: Tensor, terms: int, 
     if got.dtype == torch.float16:
         bound = bound + 2.0**-24  # the step of subnormal numbers
     error = (got.double() - truth).abs()
-    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    assert got.shape == truth.shape, (
+        f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    )
     worst = (error / bound).max().item() if error.numel() else 0.0
     assert worst <= 1, f"{name}: error is {worst:.3g} of the bound"

@@ -1,4 +1,5 @@
-// The executor's scheduler, and the entry points of CUDA and of a CUDA PyTorch that the launching code refers to.
+// The executor's scheduler, and the entry points of CUDA and of a CUDA PyTorch that the launching code refers
+// to.
 #include "simt.h"
 
 #include <map>
@@ -9,8 +10,8 @@ namespace segkernels::cuda {
 alignas(128) thread_local double shared[simt::SHARED_BYTES / sizeof(double)];
 }
 
-// Saves the running stack in *save and continues on `load`: ucontext's swapcontext without its system calls (and without
-// the address sanitizer's clearing of whole stacks), which took nine tenths of the time.
+// Saves the running stack in *save and continues on `load`: ucontext's swapcontext without its system calls
+// (and without the address sanitizer's clearing of whole stacks), which took nine tenths of the time.
 extern "C" void simt_switch(void** save, void* load);
 #if defined(__x86_64__)
 asm(R"(
@@ -107,7 +108,8 @@ void Block::run(unsigned threads, size_t shared_bytes, unsigned seed, void (*bod
       left -= fibre.done;
     }
     if (!moved) {
-      std::fprintf(stderr, "simt: block %u: %u threads wait for a barrier or exchange that the others do not reach\n",
+      std::fprintf(stderr,
+                   "simt: block %u: %u threads wait for a barrier or exchange that the others do not reach\n",
                    blockIdx.x, left);
       std::abort();
     }

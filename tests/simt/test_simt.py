@@ -1,5 +1,7 @@
-"""Runs the CUDA kernels without a GPU: csrc/*/cuda.cu on the host executor, under the address and undefined-behaviour
-sanitizers, whose libraries must be loaded before anything else; hence the subprocess."""
+"""Runs the CUDA kernels without a GPU: csrc/*/cuda.cu on the host executor, sanitized.
+
+The sanitizers' libraries must be loaded before anything else; hence the subprocess.
+"""
 
 import os
 import platform
@@ -14,7 +16,8 @@ from tests.simt.executor import HERE, ROOT, build
 SUITES = sorted(HERE.glob("kernels_*.py"))
 
 needs_executor = pytest.mark.skipif(
-    shutil.which("g++") is None or platform.machine() != "x86_64", reason="the host executor needs g++ on x86-64"
+    shutil.which("g++") is None or platform.machine() != "x86_64",
+    reason="the host executor needs g++ on x86-64",
 )
 
 

@@ -12,7 +12,8 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-// As on a GPU, a launch that asks for more than 48 KiB of dynamic shared memory fails unless its kernel was allowed to.
+// As on a GPU, a launch that asks for more than 48 KiB of dynamic shared memory fails unless its kernel was
+// allowed to.
 namespace simt {
 size_t& allowed_shared(const void* kernel);
 }
@@ -28,6 +29,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (grid.x == 0 || grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1) return 9;
   if (block.x == 0 || block.x > 1024 || block.x % simt::LANES) return 9;
   if (config->dynamicSmemBytes > simt::allowed_shared(reinterpret_cast<const void*>(kernel))) return 1;
-  simt::launch(grid, block, config->dynamicSmemBytes, kernel, std::tuple<P...>(std::forward<A>(arguments)...));
+  simt::launch(grid, block, config->dynamicSmemBytes, kernel,
+               std::tuple<P...>(std::forward<A>(arguments)...));
   return 0;
 }

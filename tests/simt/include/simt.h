@@ -1,14 +1,15 @@
-// A host executor for CUDA kernels: g++ compiles csrc/<op>/cuda.cu and kernels.cuh unchanged against the headers of this
-// folder, and a launch runs the grid here. It is meant to find wrong results, not to be fast.
+// A host executor for CUDA kernels: g++ compiles csrc/<op>/cuda.cu and kernels.cuh unchanged against the
+// headers of this folder, and a launch runs the grid here. It is meant to find wrong results, not to be fast.
 //
-//   blocks    one after another
-//   threads   fibres of one OS thread (x86-64), resumed in an order that SEGKERNELS_SIMT_SEED shuffles; a fibre runs
-//             until it waits at a barrier or a warp exchange
-//   __shared__  thread_local: one OS thread runs the block, so its fibres share it. Dynamic shared memory is
-//             `extern __shared__ double shared[]` (that name and type), filled with 0xff (NaN in every floating type) before
-//             each block; under the address sanitizer the bytes beyond the launch's size cannot be touched
-//   __syncthreads  every thread of the block must arrive, a thread that has returned too: else the launch aborts
-//   __shfl_xor_sync, __syncwarp, mma  exchanges among all 32 lanes of a warp, with the same demand
+// - Blocks run one after another; threads are fibres of one OS thread (x86-64), resumed in an order that
+//   SEGKERNELS_SIMT_SEED shuffles. A fibre runs until it waits at a barrier or a warp exchange.
+// - __shared__ is thread_local: one OS thread runs the block, so its fibres share it. Dynamic shared memory
+// is
+//   `extern __shared__ __align__(16) double shared[]` (that name and type), filled with 0xff (NaN in every
+//   floating type) before each block; under the address sanitizer nothing beyond the launch's size can be
+//   read.
+// - __syncthreads: every thread of the block must arrive, and none may have returned: else the launch aborts.
+// - __shfl_xor_sync, __syncwarp and mma are exchanges among all 32 lanes of a warp, with the same demand.
 //
 // Not here yet: partial masks, ballots, atomics, cp.async, clusters, races between barriers.
 #pragma once
@@ -40,6 +41,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
 #define __shared__ thread_local
 
 struct dim3 {
@@ -58,7 +60,7 @@ inline T max(T a, T b) {
 }
 
 namespace segkernels::cuda {
-extern thread_local double shared[];
+extern thread_local __align__(16) double shared[];
 }
 
 namespace simt {
@@ -67,7 +69,8 @@ constexpr size_t SHARED_BYTES = 227 * 1024;  // what one block can have on sm_90
 constexpr int LANES = 32;
 
 struct Warp {
-  alignas(16) char slot[2][LANES][64];  // by parity of the exchange: a fast lane cannot overwrite what a slow one reads
+  alignas(16) char slot[2][LANES]
+                       [64];  // by parity of the exchange: a fast lane cannot overwrite what a slow one reads
   int arrived = 0;
   unsigned exchanges = 0;
 };
@@ -94,7 +97,8 @@ class Block {
     }
   }
 
-  // Gives `value` to the warp and returns what its 32 lanes gave. Valid until the lane's next exchange but one.
+  // Gives `value` to the warp and returns what its 32 lanes gave. Valid until the lane's next exchange but
+  // one.
   template <class X>
   const char (*exchange(const X& value))[64] {
     static_assert(sizeof(X) <= 64, "");
