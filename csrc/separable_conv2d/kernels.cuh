@@ -81,6 +81,7 @@ __device__ inline void stage_parameters(Stage& stage, int slot, const Inner<T>& 
     stage.shift[slot][k] = inner.affine.shift(c);
   }
   if (!inner.w) return;
+#pragma unroll 1
   for (int e = threadIdx.x; e < taps * DEPTH<T>; e += blockDim.x) {
     const int tap = e % taps, k = e / taps;
     if (k0 + k < depth)
@@ -113,6 +114,7 @@ template <class T, int V, class Stage>
 __device__ inline void fill_left(Stage& stage, int slot, const Inner<T>& inner, const ProductShape& shape,
                                  int rate, int k0) {
   constexpr int VECTORS = DEPTH<T> / V;
+#pragma unroll 1
   for (int e = threadIdx.x; e < Stage::ROWS * VECTORS; e += Stage::THREADS) {
     const int m = shape.channels_last ? e / VECTORS : e % Stage::ROWS;
     const int k = (shape.channels_last ? e % VECTORS : e / Stage::ROWS) * V;
@@ -135,6 +137,7 @@ __device__ inline void fill_right(Stage& stage, int slot, const Weights<T>& v, c
                                   int rate, int n0, int k0) {
   const T* base = v.v + rate * v.rate_stride;
   if (v.k_stride == 1) {
+#pragma unroll 1
     for (int e = threadIdx.x; e < Stage::COLUMNS * (DEPTH<T> / V); e += Stage::THREADS) {
       const int n = e / (DEPTH<T> / V), k = e % (DEPTH<T> / V) * V;
       Vector<T, V> in = {};
@@ -142,6 +145,7 @@ __device__ inline void fill_right(Stage& stage, int slot, const Weights<T>& v, c
       store<V>(&stage.right[slot][n][k], in);
     }
   } else {
+#pragma unroll 1
     for (int e = threadIdx.x; e < Stage::COLUMNS * DEPTH<T>; e += Stage::THREADS) {
       const int n = e % Stage::COLUMNS, k = e / Stage::COLUMNS;
       T in = {};

@@ -17,7 +17,7 @@ import segkernels  # noqa: F401  declares the operators
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# of the undefined-behaviour checks those that find addressing faults: all of them double the compile time
+# those checks that find addressing faults: all of them double the compile time
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
 SANITIZE = [f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}"]
 

@@ -1,5 +1,7 @@
 """depthwise_conv2d's CUDA kernels on the executor; test_simt.py runs this under the sanitizers."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -87,9 +89,17 @@ def out_shape(x, w, geometry):
     return law.depthwise(x.double(), w.double(), None, *geometry).shape
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", law.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", CASES)
+# every case in both layouts in float64, whose rounding hides nothing; the other types in one
+COMBINATIONS = [
+    (case, dtype, layout)
+    for case, dtype, layout in itertools.product(CASES, law.DTYPES, LAYOUTS)
+    if dtype == torch.float64
+    or (layout == "channels_last" and dtype != torch.float16)
+    or case in ("channels in vectors", "stride 2")
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "layout"), COMBINATIONS)
 def test_against_float64(case, dtype, layout):
     x, w, b, *geometry = inputs(case, dtype, layout)
     dy = cotangent(out_shape(x, w, geometry), dtype, layout)

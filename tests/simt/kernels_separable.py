@@ -1,5 +1,7 @@
 """separable_conv2d's CUDA kernels on the executor; test_simt.py runs this under the sanitizers."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -115,6 +117,9 @@ def compare(tensors, mode, geometry, dy, need=None):
     dtype = tensors[0].dtype
     pixels = dy.numel() // max(dy.shape[1], 1)
     budget = 4 * torch.finfo(dtype).eps + pixels**0.5 * torch.finfo(law.accumulation(dtype)).eps
+    # a fraction eps of the elements lie within a rounding of one of up to four kinks of φ₁ and φ₂,
+    # where the slope is a toss-up: their whole gradient counts as error
+    kinks = 2 * torch.finfo(dtype).eps ** 0.5 if dtype.itemsize == 2 else 0.0
     y, moments, grads, need = kernels(tensors, mode, geometry, dy, need)
     truth, truths = gradients(widen(tensors), mode, geometry, dy.double())
     same, sames = gradients(tensors, mode, geometry, dy)
@@ -128,6 +133,7 @@ def compare(tensors, mode, geometry, dy, need=None):
         assert got.shape == true.shape, (name, got.shape, true.shape)
         assert got.dtype == ours.dtype, name
         error, allowed = relative(got, true), 2 * relative(ours, true) + budget
+        allowed += kinks * (name != "y")
         assert error <= allowed, f"{name}: relative error {error:.3g}, {allowed:.3g} allowed"
     expected = []
     reference(*widen(tensors), mode, geometry, moments=expected)
@@ -146,13 +152,18 @@ def compare(tensors, mode, geometry, dy, need=None):
     return y, grads
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", law.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES)
+# every case in every mode in float64; the two full modes in the other types, one of the large case
+COMBINATIONS = [
+    (case, mode, dtype, layout)
+    for case, mode, dtype, layout in itertools.product(CASES, MODES, law.DTYPES, LAYOUTS)
+    if (dtype == torch.float64 and case != "many channels")
+    or (mode == "folded" and dtype != torch.float64)
+    or (mode == "training" and dtype in (torch.float32, torch.bfloat16) and case != "many channels")
+]
+
+
+@pytest.mark.parametrize(("case", "mode", "dtype", "layout"), COMBINATIONS)
 def test_against_float64(case, mode, dtype, layout):
-    if dtype == torch.float16 and mode not in ("folded", "training"):
-        pytest.skip("float16 runs the same code as bfloat16")
     tensors, geometry = inputs(case, mode, dtype, layout)
     dy = cotangent(reference(*tensors, mode, geometry).shape, dtype, layout)
     y, grads = compare(tensors, mode, geometry, dy)

@@ -17,9 +17,9 @@ inline void mma_m16n8k16(float (&c)[4], const Vector<T, 2> (&a)[4], const Vector
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
     for (int k = 0; k < 16; ++k) {
-      const auto left = simt::lane_value<Fragments>(lanes, row % 8 * 4 + k % 8 / 2);
-      const auto right = simt::lane_value<Fragments>(lanes, column * 4 + k % 8 / 2);
-      c[i] += widen(left.a[2 * (row / 8 + 2 * (k / 8)) + k % 2]) * widen(right.b[2 * (k / 8) + k % 2]);
+      const auto* left = reinterpret_cast<const Fragments*>(lanes[row % 8 * 4 + k % 8 / 2]);
+      const auto* right = reinterpret_cast<const Fragments*>(lanes[column * 4 + k % 8 / 2]);
+      c[i] += widen(left->a[2 * (row / 8 + 2 * (k / 8)) + k % 2]) * widen(right->b[2 * (k / 8) + k % 2]);
     }
   }
 }
