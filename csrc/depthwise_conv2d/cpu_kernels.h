@@ -20,6 +20,9 @@ namespace SEGKERNELS_ISA {
 constexpr int kForwardPixels = SEGKERNELS_VECTOR_BYTES == 64 ? 6 : 4;
 constexpr int kBackwardPixels = SEGKERNELS_VECTOR_BYTES == 64 ? 4 : 2;
 
+// Whether the weights of a 3x3 window and the sums of some pixels fit the registers.
+constexpr bool kWalks = SEGKERNELS_VECTOR_BYTES == 64;
+
 template <bool Partial, class T>
 SEGKERNELS_INLINE Pair<T> load_channels(const T* p, int64_t count) {
   if constexpr (Partial) return load2(p, count);
@@ -58,7 +61,18 @@ struct Products {
   int64_t step;
   const T* w;  // [tap][channel], `w_step` from tap to tap
   int64_t w_step;
+  int64_t next;  // from a row to the row that follows it in the order of rows
 };
+
+// Fetches, into the second cache, what the next row of the order will read or write at these pixels.
+template <int Write, class T>
+SEGKERNELS_INLINE void fetch_ahead(const T* p, int64_t count, int64_t step) {
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < count; ++i) {
+    __builtin_prefetch(p + i * step, Write, 2);
+    if constexpr (Pair<T>::lanes * sizeof(T) > 64) __builtin_prefetch(p + i * step + Pair<T>::lanes / 2, Write, 2);
+  }
+}
 
 // -- sums over taps: y of the forward, dX of the backward -----------------------------------------
 
@@ -95,11 +109,54 @@ void sum_pixels(const Products<T>& t, const T* bias, T* y, int64_t y_step, int64
   }
 }
 
+// n pixels of N taps for one pair of channels after the other: the weights stay in registers.
+template <int N, class T, class E>
+__attribute__((noinline)) void sum_walk(const Products<T>& t, const T* bias, T* y, int64_t y_step, int64_t n,
+                                  int64_t channels, int64_t channel, E& epilogue) {
+  constexpr int64_t L = Pair<T>::lanes;
+  constexpr int P = kForwardPixels;
+  for (int64_t pair = 0; pair < channels; pair += L) {
+    const int64_t c = pair_start(pair, channels, L);
+    Pair<T> w[N];
+    const T* source[N];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      w[i] = load2(t.w + t.taps[i].weight * t.w_step + c);
+      source[i] = t.source + t.taps[i].offset + c;
+    }
+    const Pair<T> start = bias ? load2(bias + c) : Pair<T>{};
+    T* out = y + c;
+    int64_t at = 0, left = n;
+    const auto pixels = [&](auto count) __attribute__((always_inline)) {
+      Pair<T> acc[count];
+      fetch_ahead<0>(source[N - 1] + at + t.next, count, t.step);
+#pragma GCC unroll 8
+      for (int p = 0; p < count; ++p) acc[p] = start;
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i)
+#pragma GCC unroll 8
+        for (int p = 0; p < count; ++p) acc[p] = fma(w[i], load2(source[i] + at + p * t.step), acc[p]);
+#pragma GCC unroll 8
+      for (int p = 0; p < count; ++p) store2(out + p * y_step, epilogue(acc[p], channel + c));
+      at += count * t.step;
+      out += count * y_step;
+      left -= count;
+    };
+    while (left >= P) pixels(std::integral_constant<int, P>());
+    while (left > 0) pixels(std::integral_constant<int, 1>());
+  }
+}
+
 // The pixels [0, n) of a run.
 template <class T, class E>
 void sum_run(Products<T> t, const T* bias, T* y, int64_t y_step, int64_t n, int64_t channels, int64_t channel,
              E& epilogue) {
   constexpr int P = kForwardPixels;
+  if (kWalks && channels >= Pair<T>::lanes) {
+    if (t.n == 9) return sum_walk<9>(t, bias, y, y_step, n, channels, channel, epilogue);
+    if (t.n == 6) return sum_walk<6>(t, bias, y, y_step, n, channels, channel, epilogue);
+    if (t.n == 4) return sum_walk<4>(t, bias, y, y_step, n, channels, channel, epilogue);
+  }
   for (; n >= P; n -= P, t.source += P * t.step, y += P * y_step)
     sum_pixels<P>(t, bias, y, y_step, channels, channel, epilogue);
   for (; n > 0; --n, t.source += t.step, y += y_step)
@@ -122,7 +179,7 @@ void forward_row(const ForwardPlan& f, const T* x, const T* w, const T* bias, in
     for (const RowTap* row = rows.begin(h); row != rows.end(h); ++row)
       for (const ColumnTap& tap : run.taps)
         taps[n++] = {row->row * f.x.sH + tap.source * f.x.sW, rate * g.taps() + row->a * g.kw() + tap.b};
-    sum_run<T>({taps, n, x + begin * x_step + c0, x_step, w + c0, g.C}, bias ? bias + channel : nullptr,
+    sum_run<T>({taps, n, x + begin * x_step + c0, x_step, w + c0, g.C, f.next * f.x.sH}, bias ? bias + channel : nullptr,
                y + (begin - first) * y_step, y_step, end - begin, c1 - c0, channel, epilogue);
   }
 }
@@ -192,10 +249,73 @@ void backward_pixels(const Products<T>& t, const T* x, int64_t x_step, T* dx, in
   }
 }
 
+// The same for n pixels of N taps and one pair of channels after the other: the sums of dW stay in registers.
+template <int N, class T>
+__attribute__((noinline)) void backward_walk(const Products<T>& t, const T* x, int64_t x_step, int64_t x_next, T* dx,
+                                       int64_t dx_step, acc_t<T>* sums, int64_t sums_step, int64_t n,
+                                       int64_t channels) {
+  using A = acc_t<T>;
+  constexpr int64_t L = Pair<T>::lanes;
+  for (int64_t pair = 0; pair < channels; pair += L) {
+    const int64_t c = pair_start(pair, channels, L);
+    Pair<T> dw[N];
+    const T *w[N], *source[N];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      A* sum = sums + t.taps[i].weight * sums_step + pair;
+      dw[i] = {load<A>(sum), load<A>(sum + L / 2)};
+      w[i] = t.w + t.taps[i].weight * t.w_step + c;
+      source[i] = t.source + t.taps[i].offset + c;
+    }
+    const T* in = x + c;
+    T* out = dx + c;
+    int64_t at = 0, left = n;
+    const auto pixels = [&](auto count) __attribute__((always_inline)) {
+      Pair<T> xs[count], acc[count];
+      fetch_ahead<0>(source[N - 1] + at + t.next, count, t.step);
+      fetch_ahead<0>(in + x_next, count, x_step);
+#pragma GCC unroll 8
+      for (int p = 0; p < count; ++p) {
+        xs[p] = load2(in + p * x_step);
+        acc[p] = Pair<T>{};
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) {
+        const Pair<T> weight = load2(w[i]);
+#pragma GCC unroll 8
+        for (int p = 0; p < count; ++p) {
+          const Pair<T> dy = load2(source[i] + at + p * t.step);
+          acc[p] = fma(weight, dy, acc[p]);
+          dw[i] = fma(xs[p], dy, dw[i]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int p = 0; p < count; ++p) store2(out + p * dx_step, acc[p]);
+      at += count * t.step;
+      in += count * x_step;
+      out += count * dx_step;
+      left -= count;
+    };
+    while (left >= 2) pixels(std::integral_constant<int, 2>());
+    while (left > 0) pixels(std::integral_constant<int, 1>());
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      A* sum = sums + t.taps[i].weight * sums_step + pair;
+      store(sum, dw[i].lo);
+      store(sum + L / 2, dw[i].hi);
+    }
+  }
+}
+
 template <class T>
-void backward_run(Products<T> t, const T* x, int64_t x_step, T* dx, int64_t dx_step, acc_t<T>* sums,
+void backward_run(Products<T> t, const T* x, int64_t x_step, int64_t x_next, T* dx, int64_t dx_step, acc_t<T>* sums,
                   int64_t sums_step, int64_t n, int64_t channels) {
   constexpr int P = kBackwardPixels;
+  if (kWalks && channels >= Pair<T>::lanes) {
+    if (t.n == 9) return backward_walk<9>(t, x, x_step, x_next, dx, dx_step, sums, sums_step, n, channels);
+    if (t.n == 6) return backward_walk<6>(t, x, x_step, x_next, dx, dx_step, sums, sums_step, n, channels);
+    if (t.n == 4) return backward_walk<4>(t, x, x_step, x_next, dx, dx_step, sums, sums_step, n, channels);
+  }
   for (; n >= P; n -= P, t.source += P * t.step, x += P * x_step, dx += P * dx_step)
     backward_pixels<P>(t, x, x_step, dx, dx_step, sums, sums_step, channels);
   for (; n > 0; --n, t.source += t.step, x += x_step, dx += dx_step)
@@ -226,10 +346,10 @@ void backward_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T
             if (tap.rate == row->rate)
               taps[n++] = {row->row * f.dy.sH + tap.source * f.dy.sW + tap.rate * g.C,
                            tap.rate * g.taps() + row->a * g.kw() + tap.b};
-        const Products<T> t{taps.data(), n, dy_image + run.begin * f.dy.sW, f.dy.sW, w + c0, g.C};
+        const Products<T> t{taps.data(), n, dy_image + run.begin * f.dy.sW, f.dy.sW, w + c0, g.C, f.next * f.dy.sH};
         const int64_t column = c + run.begin * s, count = run.end - run.begin;
         if (sums)
-          backward_run(t, x_row + column * f.x.sW, s * f.x.sW, dx_row + column * g.C, s * g.C, sums + c0,
+          backward_run(t, x_row + column * f.x.sW, s * f.x.sW, f.next * f.x.sH, dx_row + column * g.C, s * g.C, sums + c0,
                        f.padded_C, count, channels);
         else
           sum_run<T>(t, nullptr, dx_row + column * g.C, s * g.C, count, channels, c0, identity);
