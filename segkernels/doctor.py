@@ -76,7 +76,7 @@ def explain_main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("operator", choices=list(fused.OPERATORS))
     parser.add_argument("--case", help="one of the operator's named cases (default: its first)")
-    parser.add_argument("--shape", type=_numbers, help="the case with another input: B,C,H,W")
+    parser.add_argument("--shape", type=_map_size, help="the case with another input: B,C,H,W")
     parser.add_argument("--kernel", type=int, help="the case with another kernel size")
     parser.add_argument("--stride", type=int, help="the case with another stride")
     parser.add_argument("--dtype", default="float32", choices=[str(d)[6:] for d in fused.DTYPES])
@@ -89,10 +89,13 @@ def explain_main(arguments: list[str] | None = None) -> int:
     if options.shape:
         case = dataclasses.replace(case, shape=options.shape)
     for name in ("kernel", "stride"):
-        if size := getattr(options, name):
+        if (size := getattr(options, name)) is not None:
             case = dataclasses.replace(case, **{name: (size, size)})
     inputs = case.inputs(getattr(torch, options.dtype), device=options.device)
-    reasons = fused.explain(options.operator, **inputs)
+    try:
+        reasons = fused.explain(options.operator, **inputs)
+    except fused.UnsupportedInputError as error:
+        parser.error(str(error))
     rows = [(backend, "note" if why else "ok", why or "usable") for backend, why in reasons.items()]
     title = f"{options.operator} {options.dtype} on {options.device}: {_shapes(inputs)}"
     print_table(title, ("backend", "status", "why"), rows)
@@ -107,9 +110,13 @@ def _shapes(inputs: dict[str, Any]) -> str:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """ "1,64,33,33" as a tuple; argparse reports what is not one."""
-    return tuple(int(number) for number in text.split(","))
+def _map_size(text: str) -> tuple[int, ...]:
+    """ "1,64,33,33" as a tuple."""
+    try:
+        batch, channels, height, width = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"four numbers B,C,H,W, not {text!r}") from None
+    return batch, channels, height, width
 
 
 # ---- the environment -----------------------------------------------------------------------------

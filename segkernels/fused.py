@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from segkernels import native
 
@@ -38,7 +39,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 OPERATORS: dict[str, Operator] = {}
 
-_EXPLAIN = "explain"  # the backend of a call that only asks which backends could run it
+_EXPLAIN: Any = object()  # the backend of a call that only asks which backends could run it
+_WAY_OUT = "\n  PyTorch can differentiate the reference in every way: pass backend='reference'"
 
 _LIBRARIES = {
     "native": torch.library.Library("segkernels", "DEF"),
@@ -90,6 +92,10 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def _autocasts(device: str) -> bool:
     """Whether autocast is on; there are devices, such as meta, that it does not know."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 class Operator:
@@ -179,12 +185,16 @@ class Operator:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run on raw arguments, which the door has checked; returns the schema's outputs."""
         args = self._cast(args)
-        if backend == _EXPLAIN:
+        if backend is _EXPLAIN:
             raise _Explained(self.reasons(*args))
         chosen = self._choose(args, backend)
         if chosen == "reference":
             return self._reference(*args)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise RuntimeError(f"{self.name}: no forward-mode derivative (jvp){_WAY_OUT}")
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                raise RuntimeError(f"{self.name}: no derivative under torch.func{_WAY_OUT}")
             return _Fused.apply(self.name, chosen, *args)  # type: ignore[no-untyped-call]
         return self.raw(chosen)(*args)
 
@@ -227,6 +237,7 @@ class _Fused(torch.autograd.Function):
         ]
         ctx.constants = {n: v for n, v in values.items() if not isinstance(v, Tensor)}
         ctx.save_for_backward(*(named[n] for n in ctx.saved_names))
+        ctx.set_materialize_grads(False)  # no map of zeros for an output such as o
         constant = [named[n] for n in op.outputs if f"d{n}" not in wanted]
         if constant:
             ctx.mark_non_differentiable(*constant)
@@ -238,7 +249,7 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise RuntimeError(
                 f"{op.name}: the fused backward cannot be differentiated again (create_graph=True)"
-                "\n  for second derivatives pass backend='reference'"
+                f"{_WAY_OUT}"
             )
         needs = dict(zip(op.arguments, ctx.needs_input_grad[2:], strict=True))
         named: dict[str, Any] = dict(zip((f"d{n}" for n in op.outputs), cotangents, strict=True))
@@ -252,26 +263,26 @@ class _Fused(torch.autograd.Function):
 
 
 def check_tensors(
-    op: str, wide: dict[str, Tensor | None] | None = None, **tensors: Tensor | None
+    op: str, wide: dict[str, Tensor | None] | None = None, /, **tensors: Tensor
 ) -> None:
-    """Raise UnsupportedInputError unless all are floating point tensors on one device and
+    """Raise UnsupportedInputError unless all are dense floating point tensors on one device and
     ``tensors`` share one type.
 
-    The ``wide`` ones may have any floating type (they are taken in the accumulation type); autocast
-    lifts the second condition.
+    The ``wide`` ones may be None, or have any floating type (they are taken in the accumulation
+    type); autocast lifts the condition of one type where it casts, that is, but for float64.
     """
-    given = {n: t for n, t in (tensors | (wide or {})).items() if t is not None}
+    given = tensors | {n: t for n, t in (wide or {}).items() if t is not None}
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise UnsupportedInputError(
                 f"{op}: {name} must be a tensor\n  {name}: {type(t).__name__}"
             )
     first, x = next(iter(given.items()))
-    device, dtype = x.device, x.dtype
-    if dtype in DTYPES and all(t.device == device and t.dtype == dtype for t in given.values()):
+    kind = x.device, x.dtype, torch.strided
+    if x.dtype in DTYPES and all((t.device, t.dtype, t.layout) == kind for t in given.values()):
         return
     listing = "".join(
-        f"\n  {n:<18}{str(t.dtype).removeprefix('torch.'):<10}{t.device}" for n, t in given.items()
+        f"\n  {n:<18}{str(t.dtype).removeprefix('torch.'):<10} {t.device}" for n, t in given.items()
     )
     if any(t.device != x.device for t in given.values()):
         raise UnsupportedInputError(
@@ -283,8 +294,13 @@ def check_tensors(
         raise UnsupportedInputError(
             f"{op}: only floating point tensors are supported ({supported}){listing}"
         )
-    same = {t.dtype for n, t in given.items() if n in tensors}
-    if len(same) > 1 and not _autocasts(x.device.type):
+    for name, t in given.items():
+        if t.layout != torch.strided:
+            raise UnsupportedInputError(
+                f"{op}: only dense tensors are supported\n  {name}: {t.layout}\n  use .to_dense()"
+            )
+    casts = _autocasts(x.device.type) and x.dtype != torch.float64
+    if len({t.dtype for t in tensors.values()}) > 1 and not casts:
         raise UnsupportedInputError(
             f"{op}: tensors of different types{listing}"
             f"\n  convert them with .to({first}.dtype), or use torch.autocast"
@@ -313,7 +329,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     further arguments the table is for a float32 map on the CPU, or on the GPU where there is one.
     Nothing is computed.
     """
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else getattr(op, "__name__", type(op).__name__)
     if name not in OPERATORS:
         raise UnsupportedInputError(
             f"explain: no operator named {name!r}\n  operators: {', '.join(OPERATORS)}"
@@ -371,7 +387,7 @@ def _choose(
     package: str, device: str, dtype: torch.dtype, limit: str | None, requested: str | None
 ) -> str:
     """The backend for one call; it depends on types and environment only, so graphs may fix it."""
-    requested = requested or os.environ.get("SEGKERNELS_BACKEND") or "auto"
+    requested = str(requested or os.environ.get("SEGKERNELS_BACKEND") or "auto")
     strict = os.environ.get("SEGKERNELS_STRICT") == "1"
     return _decide(package, device, dtype, limit, requested, strict)
 

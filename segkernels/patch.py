@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -264,7 +265,8 @@ def _difference(before: Run, after: Run) -> dict[str, float]:
     def largest(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
         sizes = {name: _largest(t) for name, t in a.items()}
         floor = 1e-3 * max(sizes.values(), default=0.0) or 1.0
-        return max((_largest(t - b[n]) / max(sizes[n], floor) for n, t in a.items()), default=0.0)
+        found = [_largest(t - b[n]) / max(sizes[n], floor) for n, t in a.items()]
+        return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
     return {
         "output": largest(before.outputs, after.outputs),

@@ -121,8 +121,9 @@ def _mirror(maps: Tensor, ways: int) -> Tensor:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
-    """Classes [B, H, W] of images [B, 3, H, W] in evaluation mode; the model's mode is kept."""
-    device, training = next(model.parameters()).device, model.training
+    """Classes [B, H, W] of images [B, 3, H, W] in evaluation mode; every layer's mode is kept."""
+    device = next(model.parameters()).device
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         classes = [
@@ -130,7 +131,8 @@ def predict(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
             for part in images.split(batch)
         ]
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
     return torch.cat(classes)
 
 

@@ -322,6 +322,46 @@ def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> N
         torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
 
 
+@pytest.mark.parametrize("op", OPERATORS)
+def test_other_derivatives_are_refused(op: str, backend: str, device: str) -> None:
+    """Forward mode and torch.func: an error that says what to do; the reference knows them."""
+    inputs = _cases(op)[1].inputs(torch.float64, torch.channels_last, device)
+    x = inputs.pop("x")
+
+    def f(x: Tensor, backend: str) -> Tensor:
+        return call(op, inputs | {"x": x}, backend)
+
+    transforms: tuple[Callable[[str], Any], ...] = (
+        lambda b: torch.func.jvp(lambda x: f(x, b), (x,), (x,)),
+        lambda b: torch.func.grad(lambda x: f(x, b).sum())(x),
+    )
+    for transform in transforms:
+        with pytest.raises(RuntimeError, match="backend='reference'"):
+            transform(backend)
+        transform("reference")
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_the_backward_makes_no_cotangent_nobody_has(op: str, backend: str, device: str) -> None:
+    """Outputs beside the result (o, moments) get no maps of zeros."""
+    made: list[str] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    case = max(_cases(op), key=lambda case: "train" in case.name)
+    inputs = case.inputs(torch.float32, torch.channels_last, device)
+    inputs["x"].requires_grad_()
+    y = call(op, inputs, backend)
+    with Record():
+        torch.autograd.grad(y, inputs["x"], torch.ones_like(y))
+    assert "aten::zeros" not in made
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("op", OPERATORS)

@@ -48,8 +48,25 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "complex": (depthwise, {"x": X.cfloat(), "weight": W.cfloat()}, "floating point"),
     "two types": (depthwise, {"weight": W.bfloat16()}, r"different types\n.*float32.*\n.*bfloat16"),
     "two devices": (depthwise, {"weight": W.to("meta")}, r"one device\n.*cpu\n.*meta"),
+    "no map": (depthwise, {"x": None}, r"x must be a tensor\n.*NoneType"),
+    "sparse map": (depthwise, {"x": X.to_sparse()}, r"only dense.*\n.*sparse.*\n.*to_dense"),
     "not a tensor": (depthwise, {"weight": [1.0]}, r"weight must be a tensor\n.*list"),
     "bias of other length": (depthwise, {"bias": torch.zeros(3)}, r"one value a channel"),
+    "bias of the other order": (
+        depthwise,
+        {"weight": SEVERAL, "dilation": [1, 2], "bias": torch.zeros(4, 2)},
+        r"one value a channel.*\n.*\[4, 2\]",
+    ),
+    "several rates, no dilation": (
+        depthwise,
+        {"weight": SEVERAL, "dilation": None},
+        "needs a list of 2 dilations",
+    ),
+    "several rates, padding 1.5": (
+        depthwise,
+        {"weight": SEVERAL, "dilation": [1, 2], "padding": 1.5},
+        r"a list of 2\n.*1\.5",
+    ),
     "several rates, one dilation": (depthwise, {"weight": SEVERAL}, "needs a list of 2 dilations"),
     "no rates": (depthwise, {"weight": SEVERAL[:0], "dilation": []}, "no rates"),
     "rates of other sizes": (
@@ -58,7 +75,10 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         "one output size",
     ),
     "unknown backend": (depthwise, {"backend": "cuda"}, r"no backend named 'cuda'\n.*native"),
+    "a list of backends": (depthwise, {"backend": ["native"]}, "no backend named"),
+    "the word of explain": (depthwise, {"backend": "explain"}, "no backend named 'explain'"),
     "pointwise of other channels": (separable, {"pointwise_weight": V[:, :3]}, "must be 1x1"),
+    "pointwise of rank 0": (separable, {"pointwise_weight": torch.tensor(1.0)}, "must be 1x1"),
     "pointwise 3x3": (separable, {"pointwise_weight": torch.zeros(3, 4, 3, 3)}, "must be 1x1"),
     "pointwise without rates": (
         separable,
@@ -67,6 +87,18 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "scale of other length": (separable, {"inner_scale": torch.ones(3)}, "inner scale must have 4"),
     "shift of other length": (separable, {"outer_shift": torch.ones(4)}, "outer shift must have 3"),
+    "scale of the other order": (
+        separable,
+        {
+            "depthwise_weight": SEVERAL,
+            "pointwise_weight": torch.zeros(2, 3, 4, 1, 1),
+            "dilation": [1, 2],
+            "inner_scale": torch.ones(4, 2),
+        },
+        r"\[4, 2\].*\n.*expected \[8\] or \[2, 4\]",
+    ),
+    "negative eps": (separable, {"outer_eps": -1e-5}, r"positive number\n.*-1e-05"),
+    "eps of another kind": (separable, {"inner_eps": "1e-5"}, r"positive number\n.*'1e-5'"),
     "unknown activation": (separable, {"outer_activation": "gelu"}, r"'relu' or 'relu6'\n.*'gelu'"),
     "bias under standardisation": (
         separable,
@@ -83,6 +115,14 @@ def test_bad_input_is_named(name: str) -> None:
         segkernels.UnsupportedInputError, match=rf"(?s)^{function.__name__}_conv2d: .*{message}"
     ):
         function(**changed)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(segkernels.UnsupportedInputError, match="different types"),
+    ):
+        depthwise(x=X.double())
 
 
 @pytest.mark.parametrize("function", [depthwise, separable])
@@ -147,5 +187,6 @@ def test_explain_tells_without_computing() -> None:
     assert table["reference"] is None
     assert "larger than 7x7" in str(table["native"])
     assert segkernels.explain("separable_conv2d").keys() == table.keys()
-    with pytest.raises(segkernels.UnsupportedInputError, match="no operator named 'gcu'"):
-        segkernels.explain("gcu")
+    for other, name in (("gcu", "gcu"), (torch.nn.ReLU(), "ReLU"), (3, "int")):
+        with pytest.raises(segkernels.UnsupportedInputError, match=f"no operator named '{name}'"):
+            segkernels.explain(other)  # type: ignore[arg-type]

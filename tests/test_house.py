@@ -19,7 +19,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OPERATORS = sorted(p.parent.name for p in PACKAGE.glob("ops/*/__init__.py"))
 BACKENDS = ("reference", "triton")
 
-# Who stands above whom; a module imports only from floors below its own.
+# Who stands above whom; a module imports only from floors below its own. What is on no floor (the
+# commands, training, scores) stands above them all.
 FLOORS = [
     ["networks", "patch", "compat"],
     ["nn"],
@@ -27,6 +28,9 @@ FLOORS = [
     ["tolerance"],
     ["fused"],
     ["native"],
+    ["build_plan"],
+    ["toolchain"],
+    ["_version"],
 ]
 
 
@@ -65,12 +69,11 @@ def test_law_1_downward_only() -> None:
                 assert module.split(".")[0] not in ("benchmarks", "tests"), f"{path}: {module}"
                 continue
             target = room(module) or room(f"segkernels.{name}")
-            there = floor(target)
-            if here is not None and there is not None and target != room(module_name(path)):
-                if path.parent.name == "ops" and target == "ops":
-                    continue
-                assert there > here or {target, room(module_name(path))} <= {"patch", "compat"}, (
-                    f"{path} imports {target}, which stands above it"
+            if here is not None and target != room(module_name(path)):
+                there = floor(target)
+                above = there is None or there <= here
+                assert not above or {target, room(module_name(path))} <= {"patch", "compat"}, (
+                    f"{path} imports {target or module}, which stands above it"
                 )
 
 
@@ -122,11 +125,10 @@ def _all(tree: ast.Module) -> list[str]:
 @pytest.mark.parametrize("op", OPERATORS)
 def test_law_3_backends_do_not_know_each_other(op: str) -> None:
     for backend in BACKENDS:
-        path = PACKAGE / "ops" / op / f"{backend}.py"
-        if path.exists():
+        for path in (PACKAGE / "ops" / op).glob(f"{backend}*.py"):  # triton_forward.py is Triton's
             others = {b for b in BACKENDS if b != backend} | {"native"}
             for module, name in imports(path):
-                assert not others & {*module.split("."), str(name)} or module == "triton", path
+                assert not others & {*module.split("."), str(name)}, f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -194,17 +196,18 @@ def test_law_7_one_of_each() -> None:
     def holders(pattern: str) -> set[str]:
         return {p.relative_to(PACKAGE).as_posix() for p, t in text.items() if re.search(pattern, t)}
 
-    assert holders(r"autograd\.Function\)") == {"fused.py"}
+    assert holders(r"class \w+\(.*\bFunction\)") == {"fused.py"}
     assert holders(r"perf_counter") <= {"timing.py"}
     assert holders(r"torch\.finfo") <= {"tolerance.py"}
-    inside = {h for h in holders(r"device\.type") if h.startswith(("ops/", "nn/", "networks/"))}
+    rooms = ("ops/", "nn/", "networks/", "compat/")
+    inside = {h for h in holders(r"device\.type|\.is_(cuda|cpu)\b") if h.startswith(rooms)}
     assert not inside, f"the device is read in fused.py alone: {inside}"
 
 
 def test_law_8_backwards_are_written_by_hand() -> None:
     for op in OPERATORS:
         for path in (PACKAGE / "ops" / op).glob("*.py"):
-            assert "autograd.grad" not in path.read_text(), path
+            assert not re.search(r"autograd\.grad|\.backward\(|enable_grad", path.read_text()), path
 
 
 def test_law_9_no_drawers_and_files_of_one_sitting() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkernels.nn import pair
-from segkernels.patch import CONTAINERS, LAYERS, patch, unpatch
+from segkernels.patch import CONTAINERS, LAYERS, Run, _difference, patch, unpatch
 
 SMP = "segmentation_models_pytorch.decoders.deeplabv3.decoder"
 MMCV = "mmcv.cnn.bricks"
@@ -277,3 +278,9 @@ def test_every_entry_has_its_face(name: str) -> None:
         module = face(**CONSTRUCTORS[layer.face])
     assert all(hasattr(module, child) for child in layer.children)
     assert layer.limit(module) is None
+
+
+def test_a_difference_that_is_no_number_is_shown() -> None:
+    right, wrong = torch.ones(2), torch.tensor([1.0, torch.nan])
+    before = Run({"a": right, "b": right}, {}, {})
+    assert math.isnan(_difference(before, Run({"a": right, "b": wrong}, {}, {}))["output"])

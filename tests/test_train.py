@@ -71,8 +71,10 @@ def test_report_and_modes() -> None:
     model = net()
     train(model, bright_or_dark(), Recipe(4), lambda step, loss: seen.append(step))
     assert seen == [0, 1, 2, 3] and model.training
+    frozen = next(module for module in model.modules() if module is not model)
+    frozen.eval()
     predict(model, torch.zeros(1, 3, 4, 4))
-    assert model.training
+    assert model.training and not frozen.training
 
 
 def test_divergence_is_an_error() -> None:

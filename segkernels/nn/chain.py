@@ -60,7 +60,8 @@ def side_by_side(
         if any(rests):
             parts = y.chunk(len(rests), 1)
             outputs += [
-                run(part, rest, backend=backend) for part, rest in zip(parts, rests, strict=True)
+                run(part.clone() if _in_place(rest) else part, rest, backend=backend)
+                for part, rest in zip(parts, rests, strict=True)
             ]
         else:
             outputs.append(y)
@@ -97,6 +98,11 @@ def leaves(layers: Iterable[Stage | None]) -> list[Stage]:
     return flat
 
 
+def _in_place(stages: list[Stage]) -> bool:
+    """Whether the first layer writes to its input, which must then not be a part of another map."""
+    return any(getattr(stage, "inplace", False) for stage in stages[:1])
+
+
 def _fusible(x: Tensor) -> bool:
     """Batches with something in them; an unbatched or empty map goes through the modules."""
     return x.dim() == 4 and x.numel() > 0
@@ -113,8 +119,16 @@ def _contents(layer: nn.Module) -> list[Stage | None] | None:
     container.
     """
     order: Callable[[], list[Stage | None] | None] | None = getattr(layer, "layers_in_order", None)
-    if order is not None:
+    if order is not None and _orders_its_forward(layer):
         return order()
     if isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward:
         return list(layer)
     return None
+
+
+def _orders_its_forward(layer: nn.Module) -> bool:
+    """Whether ``layers_in_order`` describes the forward; a subclass may have one of its own."""
+    if "layers_in_order" in layer.__dict__:  # a patched layer
+        return True
+    owner = next(kind for kind in type(layer).__mro__ if "forward" in kind.__dict__)
+    return "layers_in_order" in owner.__dict__

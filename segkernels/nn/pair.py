@@ -236,10 +236,8 @@ def _obstacle(module: nn.Module, kind: type[nn.Module], *methods: str) -> str | 
     name = type(module).__name__
     if not isinstance(module, kind):
         return f"{name} is not a {kind.__name__}"
-    ours = isinstance(module, DepthwiseConv2d)
-    if not ours and any(
-        getattr(type(module), method) is not getattr(kind, method) for method in methods
-    ):
+    kind = DepthwiseConv2d if isinstance(module, DepthwiseConv2d) else kind
+    if any(getattr(type(module), method) is not getattr(kind, method) for method in methods):
         return f"{name} has a forward of its own"
     return f"{name} has hooks" if hooked(module) else None
 

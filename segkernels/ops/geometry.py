@@ -82,7 +82,7 @@ def window(op: str, weight: Tensor, stride: Size, padding: Padding, dilation: Ra
     if rates is None:
         dilations: tuple[Pair, ...] = (_pair(op, "dilation", dilation, 1),)
     else:
-        if isinstance(dilation, int) or len(dilation) != rates:
+        if not isinstance(dilation, Sequence) or len(dilation) != rates:
             raise UnsupportedInputError(
                 f"{op}: a weight with {rates} rates needs a list of {rates} dilations"
                 f"\n  dilation: {dilation!r}"
@@ -101,7 +101,7 @@ def window(op: str, weight: Tensor, stride: Size, padding: Padding, dilation: Ra
     elif rates is None or isinstance(padding, int):
         paddings = (_pair(op, "padding", padding, 0),) * len(dilations)
     else:
-        if len(padding) != rates:
+        if not isinstance(padding, Sequence) or len(padding) != rates:
             raise UnsupportedInputError(
                 f"{op}: padding is 'same', an int or a list of {rates}\n  padding: {padding!r}"
             )
@@ -132,6 +132,11 @@ def check_map(op: str, x: Tensor, weight: Tensor, shape: Window) -> None:
             f"\n  x: {list(x.shape)}\n  output size: {list(sizes[0])}"
             "\n  use padding='same'"
         )
+
+
+def one_per_channel(t: Tensor, rates: int, channels: int) -> bool:
+    """Whether t is [R*C] or [R, C]; [C, R] would be another order of the same numbers."""
+    return t.shape == (rates * channels,) or t.shape == (rates, channels)
 
 
 def _pair(op: str, what: str, value: object, least: int) -> Pair:

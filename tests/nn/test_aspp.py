@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -91,6 +92,26 @@ def test_branches_of_different_kinds_do_not_share(calls: list[int]) -> None:
     aspp.branches[2].inner_norm.eval()
     agree(aspp, Plain(aspp), image(), steps=1)
     assert calls == [1, 1, 1, 3]
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d])
+def test_an_activation_in_place_behind_a_shared_call(norm: Any, calls: list[int]) -> None:
+    torch.manual_seed(0)
+    activation = partial(nn.LeakyReLU, inplace=True)
+    aspp = ASPP(6, 4, dropout=0.0, norm=norm, activation=activation).double()
+    agree(aspp, Plain(aspp), image(), steps=1)
+    assert set(calls) == {3}
+
+
+def test_a_branch_with_a_forward_of_its_own_is_respected() -> None:
+    class Twice(SeparableConv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    once, twice = SeparableConv2d(6, 4).double(), Twice(6, 4).double()
+    twice.load_state_dict(once.state_dict())
+    close(chain.run(image(), [nn.Sequential(twice)]), 2 * once(image()), 1e-12)
 
 
 def test_pads_by_hand() -> None:

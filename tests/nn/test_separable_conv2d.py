@@ -93,6 +93,18 @@ def test_parametrised_convolution() -> None:
     assert layer.pointwise.parametrizations.weight.original1.grad is not None
 
 
+def test_a_depthwise_forward_of_its_own_is_respected() -> None:
+    class Twice(DepthwiseConv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer, other = make(), make()
+    layer.depthwise.__class__ = Twice
+    with torch.no_grad():
+        other.depthwise.weight.mul_(2)
+    close(layer(image()), other(image()), 1e-12)
+
+
 def test_one_value_per_channel() -> None:
     layer = make(stride=2)
     with pytest.raises(ValueError, match="more than 1 value per channel"):

@@ -30,7 +30,15 @@ from torch import Tensor
 
 from segkernels import fused
 from segkernels.fused import UnsupportedInputError
-from segkernels.ops.geometry import Padding, Rates, Size, check_map, unflatten, window
+from segkernels.ops.geometry import (
+    Padding,
+    Rates,
+    Size,
+    check_map,
+    one_per_channel,
+    unflatten,
+    window,
+)
 
 __all__ = ["depthwise_conv2d"]
 
@@ -57,7 +65,8 @@ def depthwise_conv2d(
     UnsupportedInputError for arguments that describe no convolution and BackendUnavailableError
     when the backend asked for cannot run.
     """
-    fused.check_tensors("depthwise_conv2d", x=x, weight=weight, bias=bias)
+    biases = {} if bias is None else {"bias": bias}
+    fused.check_tensors("depthwise_conv2d", x=x, weight=weight, **biases)
     shape = window("depthwise_conv2d", weight, stride, padding, dilation)
     check_map("depthwise_conv2d", x, weight, shape)
     w = weight.reshape(
@@ -65,7 +74,7 @@ def depthwise_conv2d(
     ).contiguous()  # [R, C, k_h, k_w]
     b = bias
     if b is not None:
-        if b.numel() != w.shape[0] * w.shape[1]:
+        if not one_per_channel(b, w.shape[0], w.shape[1]):
             raise UnsupportedInputError(
                 "depthwise_conv2d: bias must have one value a channel (and rate)"
                 f"\n  bias: {list(b.shape)}\n  weight: {list(weight.shape)}"

@@ -41,7 +41,15 @@ from torch import Tensor
 
 from segkernels import fused
 from segkernels.fused import UnsupportedInputError
-from segkernels.ops.geometry import Padding, Rates, Size, check_map, unflatten, window
+from segkernels.ops.geometry import (
+    Padding,
+    Rates,
+    Size,
+    check_map,
+    one_per_channel,
+    unflatten,
+    window,
+)
 
 __all__ = ["Moments", "separable_conv2d"]
 
@@ -109,15 +117,16 @@ def separable_conv2d(
     )
     shape = window(op, depthwise_weight, stride, padding, dilation)
     check_map(op, x, depthwise_weight, shape)
-    rates, channels, outputs = len(shape.dilation), x.shape[1], pointwise_weight.shape[-4:][0]
+    rates, channels = len(shape.dilation), x.shape[1]
+    outputs = pointwise_weight.shape[-4] if pointwise_weight.dim() >= 4 else 0
     if pointwise_weight.shape != (*depthwise_weight.shape[:-4], outputs, channels, 1, 1):
         raise UnsupportedInputError(
             f"{op}: the pointwise weight must be 1x1 over the channels of x, one a rate"
             f"\n  depthwise_weight: {list(depthwise_weight.shape)}"
             f"\n  pointwise_weight: {list(pointwise_weight.shape)}"
         )
-    inner = _affine("inner", rates * channels, inner_scale, inner_shift, depthwise_bias, inner_eps)
-    outer = _affine("outer", rates * outputs, outer_scale, outer_shift, pointwise_bias, outer_eps)
+    inner = _affine("inner", rates, channels, inner_scale, inner_shift, depthwise_bias, inner_eps)
+    outer = _affine("outer", rates, outputs, outer_scale, outer_shift, pointwise_bias, outer_eps)
     y, _, *moments = _OPERATOR(
         x,
         depthwise_weight.reshape(rates, channels, *shape.kernel).contiguous(),
@@ -136,6 +145,7 @@ def separable_conv2d(
 
 def _affine(
     stage: str,
+    rates: int,
     channels: int,
     scale: Tensor | None,
     shift: Tensor | None,
@@ -149,11 +159,16 @@ def _affine(
     moments stay those of d.
     """
     for name, value in (("scale", scale), ("shift", shift), ("bias", bias)):
-        if value is not None and value.numel() != channels:
+        if value is not None and not one_per_channel(value, rates, channels):
             raise UnsupportedInputError(
-                f"separable_conv2d: the {stage} {name} must have {channels} values"
+                f"separable_conv2d: the {stage} {name} must have {rates * channels} values"
                 f"\n  {name}: {list(value.shape)}"
+                f"\n  expected [{rates * channels}] or [{rates}, {channels}]"
             )
+    if eps is not None and not (isinstance(eps, int | float) and eps > 0):
+        raise UnsupportedInputError(
+            f"separable_conv2d: {stage}_eps must be None or a positive number\n  eps: {eps!r}"
+        )
     if bias is not None:
         if eps is not None:
             raise UnsupportedInputError(
