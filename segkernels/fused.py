@@ -132,6 +132,21 @@ class Operator:
         schema = self.raw("native", backward=True)._schema
         self._backward_arguments = [a.name for a in schema.arguments]
         self._gradients = [r.name for r in schema.returns]
+        self._read_names()
+
+    def _read_names(self) -> None:
+        """What the names of the schemas declare, as places in the lists of arguments."""
+        named = [*self.arguments, *self.outputs]
+        places = {name: place for place, name in enumerate(self._backward_arguments)}
+        self._known = [(place, named.index(n)) for n, place in places.items() if n in named]
+        self._cotangents = [
+            (places[f"d{n}"], i) for i, n in enumerate(self.outputs) if f"d{n}" in places
+        ]
+        self._constant = [
+            len(self.arguments) + i for i, n in enumerate(self.outputs) if f"d{n}" not in places
+        ]
+        self._need = places["need"]
+        self._differentiated = [self.arguments.index(n[1:]) for n in self._gradients]
 
     def raw(self, backend: str, backward: bool = False) -> Any:
         """The registered PyTorch operator of a fused backend."""
@@ -225,22 +240,20 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, name: str, backend: str, *args: Any) -> Any:
         op = OPERATORS[name]
         outputs = op.raw(backend)(*args)
-        values = dict(zip(op.arguments, args, strict=True))
-        named = values | dict(
-            zip(op.outputs, outputs if len(op.outputs) > 1 else (outputs,), strict=True)
-        )
+        named = (*args, *(outputs if len(op.outputs) > 1 else (outputs,)))
         unsaved = op._unsaved(*args) if op._unsaved else ()
-        wanted = op._backward_arguments
         ctx.name, ctx.backend = name, backend
-        ctx.saved_names = [
-            n for n in wanted if isinstance(named.get(n), Tensor) and n not in unsaved
-        ]
-        ctx.constants = {n: v for n, v in values.items() if not isinstance(v, Tensor)}
-        ctx.save_for_backward(*(named[n] for n in ctx.saved_names))
+        ctx.constants = [None] * len(op._backward_arguments)  # the backward's arguments so far
+        ctx.saved = []  # the places among them of the saved tensors
+        for place, i in op._known:
+            if not isinstance(named[i], Tensor):
+                ctx.constants[place] = named[i]
+            elif op._backward_arguments[place] not in unsaved:
+                ctx.saved.append((place, i))
+        ctx.save_for_backward(*(named[i] for _, i in ctx.saved))
         ctx.set_materialize_grads(False)  # no map of zeros for an output such as o
-        constant = [named[n] for n in op.outputs if f"d{n}" not in wanted]
-        if constant:
-            ctx.mark_non_differentiable(*constant)
+        if op._constant:
+            ctx.mark_non_differentiable(*(named[i] for i in op._constant))
         return outputs
 
     @staticmethod
@@ -251,15 +264,21 @@ class _Fused(torch.autograd.Function):
                 f"{op.name}: the fused backward cannot be differentiated again (create_graph=True)"
                 f"{_WAY_OUT}"
             )
-        needs = dict(zip(op.arguments, ctx.needs_input_grad[2:], strict=True))
-        named: dict[str, Any] = dict(zip((f"d{n}" for n in op.outputs), cotangents, strict=True))
-        named |= dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True)) | ctx.constants
-        named["need"] = [int(needs[g[1:]]) for g in op._gradients]
-        made = op.raw(ctx.backend, backward=True)(*(named.get(n) for n in op._backward_arguments))
-        gradients = dict(
-            zip(op._gradients, made if len(op._gradients) > 1 else (made,), strict=True)
-        )
-        return (None, None, *(gradients[f"d{n}"] if needs[n] else None for n in op.arguments))
+        needs = ctx.needs_input_grad[2:]
+        if all(cotangents[i] is None for _, i in op._cotangents):
+            return (None,) * (2 + len(needs))
+        args = list(ctx.constants)
+        for (place, _), tensor in zip(ctx.saved, ctx.saved_tensors, strict=True):
+            args[place] = tensor
+        for place, i in op._cotangents:
+            args[place] = cotangents[i]
+        args[op._need] = [int(needs[i]) for i in op._differentiated]
+        made = op.raw(ctx.backend, backward=True)(*args)
+        gradients = [None] * len(needs)
+        for i, gradient in zip(op._differentiated, made, strict=True):
+            if needs[i]:
+                gradients[i] = gradient
+        return (None, None, *gradients)
 
 
 def check_tensors(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,16 +68,27 @@ def window(op: str, weight: Tensor, stride: Size, padding: Padding, dilation: Ra
     (``dilation`` is a list of R ints or pairs, ``padding`` likewise or one int for all). Raises
     UnsupportedInputError naming ``op``.
     """
-    if weight.dim() not in (4, 5):
+    arguments = (op, tuple(weight.shape), _frozen(stride), _frozen(padding), _frozen(dilation))
+    return _window(*arguments) if torch.compiler.is_compiling() else _known_window(*arguments)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _window(
+    op: str, weight: Sequence[int], stride: Size, padding: Padding, dilation: Rates
+) -> Window:
+    if len(weight) not in (4, 5):
         raise UnsupportedInputError(
             f"{op}: the depthwise weight must be [C, 1, k_h, k_w], or [R, C, 1, k_h, k_w]"
-            f"\n  weight: {list(weight.shape)}"
+            f"\n  weight: {list(weight)}"
         )
-    rates = weight.shape[0] if weight.dim() == 5 else None
-    kernel = (weight.shape[-2], weight.shape[-1])
+    rates = weight[0] if len(weight) == 5 else None
+    kernel = (weight[-2], weight[-1])
     if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
         raise UnsupportedInputError(
-            f"{op}: the kernel must have odd sides\n  weight: {list(weight.shape)}\n"
+            f"{op}: the kernel must have odd sides\n  weight: {list(weight)}\n"
             "  an even kernel has no centre; pad the weight with a zero row and column"
         )
     if rates is None:
@@ -89,9 +101,7 @@ def window(op: str, weight: Tensor, stride: Size, padding: Padding, dilation: Ra
             )
         dilations = tuple(_pair(op, "dilation", d, 1) for d in dilation)
     if rates == 0:
-        raise UnsupportedInputError(
-            f"{op}: the weight has no rates\n  weight: {list(weight.shape)}"
-        )
+        raise UnsupportedInputError(f"{op}: the weight has no rates\n  weight: {list(weight)}")
     if isinstance(padding, str):
         if padding != "same":
             raise UnsupportedInputError(
@@ -107,6 +117,9 @@ def window(op: str, weight: Tensor, stride: Size, padding: Padding, dilation: Ra
             )
         paddings = tuple(_pair(op, "padding", p, 0) for p in padding)
     return Window(kernel, _pair(op, "stride", stride, 1), paddings, dilations)
+
+
+_known_window = functools.lru_cache(maxsize=1024, typed=True)(_window)
 
 
 def check_map(op: str, x: Tensor, weight: Tensor, shape: Window) -> None:
