@@ -23,13 +23,15 @@ VANISHING = 1e-10  # a share of the largest gradient that is nothing but float64
 
 
 def error(got: Tensor, truth: Tensor, largest: float = 0.0) -> float:
-    """max|got - truth| / max|truth|; infinite where only one of them is not finite.
+    """max|got - truth| / max|truth|; infinite where they are not finite in the same way.
 
     ``largest``: the largest of all true gradients of the call, the scale of a vanishing one.
     """
     got, truth = got.detach().double(), truth.detach().double()
     finite = truth.isfinite()
-    if not torch.equal(got.isfinite(), finite) or not torch.equal(got.isnan(), truth.isnan()):
+    if not torch.equal(got.isfinite(), finite) or not torch.allclose(
+        got[~finite], truth[~finite], equal_nan=True
+    ):
         return math.inf
     if not finite.any():
         return 0.0

@@ -128,6 +128,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     [
         (["--image", "no-such-file.png"], ["no such file", "no-such-file.png"]),
         (["--image", __file__], ["cannot be read", __file__]),
+        (["--out", f"{__file__}/report"], ["--out", "cannot be written"]),
         (["--seed", "-1"], ["--seed"]),
         (["--backend", "fast"], ["--backend", "reference"]),
     ],

@@ -96,6 +96,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace, found: report.Report) -> int:
     picture = _user_picture(options.image) if options.image else None
+    try:  # like the picture: at once, not after a minute
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _UsageError(f"--out cannot be written to\n  {error}") from None
     warnings.simplefilter(
         "ignore", fused.SegkernelsPerformanceWarning
     )  # said below, with the reason
@@ -212,7 +216,6 @@ def _pictures(
     model: torch.nn.Module,
     picture: Tensor | None,
 ) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
     try:
         from segkernels.demo.picture import gallery
     except ImportError:

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from segkernels.nn.batch_norm import Affine, affine, track, uses_batch_moments
 from segkernels.nn.depthwise_conv2d import DepthwiseConv2d
 from segkernels.ops.depthwise_conv2d import depthwise_conv2d
+from segkernels.ops.geometry import LARGEST_KERNEL, LARGEST_STRIDE
 from segkernels.ops.separable_conv2d import separable_conv2d
 
 Activation = Literal["relu", "relu6"] | None
 Padding = Literal["same"] | tuple[int, int]
 Rates = Sequence[int] | Sequence[Sequence[int]]
-
-LARGEST_KERNEL = 7
-LARGEST_STRIDE = 2
 
 
 class Pad(NamedTuple):

@@ -17,6 +17,10 @@ Size = int | Sequence[int]
 Padding = Literal["same"] | Size
 Rates = Size | Sequence[Size]
 
+# What the fused kernels take, which is what networks use. The reference has no limits.
+LARGEST_KERNEL = 7
+LARGEST_STRIDE = 2
+
 
 @dataclass(frozen=True)
 class Window:
@@ -145,6 +149,16 @@ def check_map(op: str, x: Tensor, weight: Tensor, shape: Window) -> None:
             f"\n  x: {list(x.shape)}\n  output size: {list(sizes[0])}"
             "\n  use padding='same'"
         )
+
+
+def beyond_the_kernels(w: Tensor, stride: Sequence[int]) -> str | None:
+    """Why fused kernels cannot take windows w [R, C, k_h, k_w] at a stride; None if they can."""
+    if max(w.shape[2], w.shape[3]) > LARGEST_KERNEL:
+        size = f"{LARGEST_KERNEL}x{LARGEST_KERNEL}"
+        return f"kernel {w.shape[2]}x{w.shape[3]} is larger than {size}"
+    if max(stride) > LARGEST_STRIDE:
+        return f"stride {tuple(stride)} is larger than {LARGEST_STRIDE}"
+    return None
 
 
 def one_per_channel(t: Tensor, rates: int, channels: int) -> bool:

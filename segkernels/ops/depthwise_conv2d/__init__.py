@@ -34,6 +34,7 @@ from segkernels.ops.geometry import (
     Padding,
     Rates,
     Size,
+    beyond_the_kernels,
     check_map,
     one_per_channel,
     unflatten,
@@ -87,15 +88,6 @@ def _shapes(x: Tensor, w: Tensor, b: Tensor | None, *where: list[int]) -> Tensor
     return unflatten(w, *where).output_map(x, w.shape[0] * w.shape[1])
 
 
-def _limits(x: Tensor, w: Tensor, b: Tensor | None, stride: list[int], *_: object) -> str | None:
-    """The fused kernels' limits: what networks use. The reference has none."""
-    if max(w.shape[2], w.shape[3]) > 7:
-        return f"kernel {w.shape[2]}x{w.shape[3]} is larger than 7x7"
-    if max(stride) > 2:
-        return f"stride {tuple(stride)} is larger than 2"
-    return None
-
-
 _OPERATOR = fused.declare(
     __name__,
     forward="(Tensor x, Tensor w, Tensor? b, int[] stride, int[] padding, int[] dilation)"
@@ -104,5 +96,5 @@ _OPERATOR = fused.declare(
     " int[] need) -> (Tensor dx, Tensor dw, Tensor db)",
     shapes=_shapes,
     sizes={"db": lambda dy, x, w, *_: w.shape[:2]},
-    limits=_limits,
+    limits=lambda x, w, b, stride, *_: beyond_the_kernels(w, stride),
 )

@@ -45,6 +45,7 @@ from segkernels.ops.geometry import (
     Padding,
     Rates,
     Size,
+    beyond_the_kernels,
     check_map,
     one_per_channel,
     unflatten,
@@ -226,16 +227,6 @@ def _unsaved(*args: object) -> tuple[str, ...]:
     return ("o", "y") if act2 == "none" else ("o",)
 
 
-def _limits(x: Tensor, w: Tensor, *rest: object) -> str | None:
-    """The fused kernels' limits: what networks use. The reference has none."""
-    stride = rest[9]
-    if max(w.shape[2], w.shape[3]) > 7:
-        return f"kernel {w.shape[2]}x{w.shape[3]} is larger than 7x7"
-    if isinstance(stride, list) and max(stride) > 2:
-        return f"stride {tuple(stride)} is larger than 2"
-    return None
-
-
 _OPERATOR = fused.declare(
     __name__,
     forward="(Tensor x, Tensor w, Tensor v, Tensor? gamma1, Tensor? beta1, Tensor? gamma2,"
@@ -250,5 +241,5 @@ _OPERATOR = fused.declare(
     shapes=_shapes,
     wide=("gamma1", "beta1", "gamma2", "beta2"),
     unsaved=_unsaved,
-    limits=_limits,
+    limits=lambda x, w, *rest: beyond_the_kernels(w, rest[9]),
 )
