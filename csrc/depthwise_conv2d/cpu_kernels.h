@@ -61,16 +61,17 @@ struct Products {
   int64_t step;
   const T* w;  // [tap][channel], `w_step` from tap to tap
   int64_t w_step;
-  int64_t next;  // from a row to the row that follows it in the order of rows
+  int64_t next;  // backward: from a row to the row that follows it in the order of rows
 };
 
-// Fetches, into the second cache, what the next row of the order will read or write at these pixels.
-template <int Write, class T>
+// Fetches, into the second cache, what the next row of the order will read at these pixels.
+template <class T>
 SEGKERNELS_INLINE void fetch_ahead(const T* p, int64_t count, int64_t step) {
 #pragma GCC unroll 8
   for (int64_t i = 0; i < count; ++i) {
-    __builtin_prefetch(p + i * step, Write, 2);
-    if constexpr (Pair<T>::lanes * sizeof(T) > 64) __builtin_prefetch(p + i * step + Pair<T>::lanes / 2, Write, 2);
+    __builtin_prefetch(p + i * step, 0, 2);
+    if constexpr (Pair<T>::lanes * sizeof(T) > 64)
+      __builtin_prefetch(p + i * step + Pair<T>::lanes / 2, 0, 2);
   }
 }
 
@@ -112,7 +113,7 @@ void sum_pixels(const Products<T>& t, const T* bias, T* y, int64_t y_step, int64
 // n pixels of N taps for one pair of channels after the other: the weights stay in registers.
 template <int N, class T, class E>
 __attribute__((noinline)) void sum_walk(const Products<T>& t, const T* bias, T* y, int64_t y_step, int64_t n,
-                                  int64_t channels, int64_t channel, E& epilogue) {
+                                        int64_t channels, int64_t channel, E& epilogue) {
   constexpr int64_t L = Pair<T>::lanes;
   constexpr int P = kForwardPixels;
   for (int64_t pair = 0; pair < channels; pair += L) {
@@ -129,7 +130,6 @@ __attribute__((noinline)) void sum_walk(const Products<T>& t, const T* bias, T* 
     int64_t at = 0, left = n;
     const auto pixels = [&](auto count) __attribute__((always_inline)) {
       Pair<T> acc[count];
-      fetch_ahead<0>(source[N - 1] + at + t.next, count, t.step);
 #pragma GCC unroll 8
       for (int p = 0; p < count; ++p) acc[p] = start;
 #pragma GCC unroll 16
@@ -179,7 +179,7 @@ void forward_row(const ForwardPlan& f, const T* x, const T* w, const T* bias, in
     for (const RowTap* row = rows.begin(h); row != rows.end(h); ++row)
       for (const ColumnTap& tap : run.taps)
         taps[n++] = {row->row * f.x.sH + tap.source * f.x.sW, rate * g.taps() + row->a * g.kw() + tap.b};
-    sum_run<T>({taps, n, x + begin * x_step + c0, x_step, w + c0, g.C, f.next * f.x.sH}, bias ? bias + channel : nullptr,
+    sum_run<T>({taps, n, x + begin * x_step + c0, x_step, w + c0, g.C, 0}, bias ? bias + channel : nullptr,
                y + (begin - first) * y_step, y_step, end - begin, c1 - c0, channel, epilogue);
   }
 }
@@ -251,9 +251,9 @@ void backward_pixels(const Products<T>& t, const T* x, int64_t x_step, T* dx, in
 
 // The same for n pixels of N taps and one pair of channels after the other: the sums of dW stay in registers.
 template <int N, class T>
-__attribute__((noinline)) void backward_walk(const Products<T>& t, const T* x, int64_t x_step, int64_t x_next, T* dx,
-                                       int64_t dx_step, acc_t<T>* sums, int64_t sums_step, int64_t n,
-                                       int64_t channels) {
+__attribute__((noinline)) void backward_walk(const Products<T>& t, const T* x, int64_t x_step, int64_t x_next,
+                                             T* dx, int64_t dx_step, acc_t<T>* sums, int64_t sums_step,
+                                             int64_t n, int64_t channels) {
   using A = acc_t<T>;
   constexpr int64_t L = Pair<T>::lanes;
   for (int64_t pair = 0; pair < channels; pair += L) {
@@ -272,8 +272,8 @@ __attribute__((noinline)) void backward_walk(const Products<T>& t, const T* x, i
     int64_t at = 0, left = n;
     const auto pixels = [&](auto count) __attribute__((always_inline)) {
       Pair<T> xs[count], acc[count];
-      fetch_ahead<0>(source[N - 1] + at + t.next, count, t.step);
-      fetch_ahead<0>(in + x_next, count, x_step);
+      fetch_ahead(source[N - 1] + at + t.next, count, t.step);
+      fetch_ahead(in + x_next, count, x_step);
 #pragma GCC unroll 8
       for (int p = 0; p < count; ++p) {
         xs[p] = load2(in + p * x_step);
@@ -308,8 +308,8 @@ __attribute__((noinline)) void backward_walk(const Products<T>& t, const T* x, i
 }
 
 template <class T>
-void backward_run(Products<T> t, const T* x, int64_t x_step, int64_t x_next, T* dx, int64_t dx_step, acc_t<T>* sums,
-                  int64_t sums_step, int64_t n, int64_t channels) {
+void backward_run(Products<T> t, const T* x, int64_t x_step, int64_t x_next, T* dx, int64_t dx_step,
+                  acc_t<T>* sums, int64_t sums_step, int64_t n, int64_t channels) {
   constexpr int P = kBackwardPixels;
   if (kWalks && channels >= Pair<T>::lanes) {
     if (t.n == 9) return backward_walk<9>(t, x, x_step, x_next, dx, dx_step, sums, sums_step, n, channels);
@@ -346,11 +346,12 @@ void backward_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T
             if (tap.rate == row->rate)
               taps[n++] = {row->row * f.dy.sH + tap.source * f.dy.sW + tap.rate * g.C,
                            tap.rate * g.taps() + row->a * g.kw() + tap.b};
-        const Products<T> t{taps.data(), n, dy_image + run.begin * f.dy.sW, f.dy.sW, w + c0, g.C, f.next * f.dy.sH};
+        const Products<T> t{taps.data(),     n, dy_image + run.begin * f.dy.sW, f.dy.sW, w + c0, g.C,
+                            f.next * f.dy.sH};
         const int64_t column = c + run.begin * s, count = run.end - run.begin;
         if (sums)
-          backward_run(t, x_row + column * f.x.sW, s * f.x.sW, f.next * f.x.sH, dx_row + column * g.C, s * g.C, sums + c0,
-                       f.padded_C, count, channels);
+          backward_run(t, x_row + column * f.x.sW, s * f.x.sW, f.next * f.x.sH, dx_row + column * g.C,
+                       s * g.C, sums + c0, f.padded_C, count, channels);
         else
           sum_run<T>(t, nullptr, dx_row + column * g.C, s * g.C, count, channels, c0, identity);
       }

@@ -49,10 +49,10 @@ struct ForwardPlan {
   std::vector<RowTaps> rows;           // [rate]
   std::vector<std::vector<Run>> runs;  // channels_last: [rate]
   std::vector<int64_t> order;
-  int64_t next, slab;  // rows from one of the order to the one that follows
+  int64_t slab;
 
   ForwardPlan(Geometry g, const Map& x, int64_t element_size)
-      : geometry(std::move(g)), x(x), order(geometry.output_order()), next(geometry.common_rate()), slab(slab_of(geometry, element_size)) {
+      : geometry(std::move(g)), x(x), order(geometry.output_order()), slab(slab_of(geometry, element_size)) {
     for (int64_t rate = 0; rate < geometry.R; ++rate) {
       rows.push_back(geometry.forward_rows(rate));
       runs.push_back(runs_of(geometry.forward_columns(rate), geometry.W_out()));
@@ -66,7 +66,8 @@ struct BackwardPlan {
   RowTaps rows;
   std::vector<std::vector<Run>> runs;  // channels_last: [residue of the column modulo the stride]
   std::vector<int64_t> order, order_out;
-  int64_t next, slab, padded_C, parts;
+  int64_t next;  // from a row of the order to the one that follows
+  int64_t slab, padded_C, parts;
 
   BackwardPlan(Geometry g, const Map& x, const Map& dy, int64_t element_size)
       : geometry(std::move(g)),
