@@ -7,7 +7,9 @@ namespace segkernels {
 namespace {
 namespace SEGKERNELS_ISA {
 
-constexpr int64_t kMaxVectors = 5;
+// A tile is kRows rows of up to kMaxVectors vectors, which stay in registers.
+constexpr int kRows = 4;
+constexpr int kMaxVectors = SEGKERNELS_VECTOR_BYTES == 64 ? 3 : 2;
 
 // A column tap of a row of vectors: the number it reads at position 0 lies `offset` from the start of its
 // source row.
@@ -19,7 +21,7 @@ struct PlaneTap {
 // The columns of a row as vectors.
 template <class A>
 struct Columns {
-  int64_t vectors, block;                   // block: vectors kept in registers together
+  int64_t vectors, block;                   // block: vectors of a tile
   std::vector<Mask> masks;                  // [vector] inside the row, then [tap][vector]
   std::vector<std::vector<PlaneTap>> taps;  // [rate]
 
@@ -39,21 +41,22 @@ struct Columns {
   }
 };
 
-// A row tap: its source row, its weights [k_w] and their sums [k_w] of vectors.
+// The row taps a = 0 … K−1 of a tile of rows, where row j reads source row j + a at tap a: their weights at
+// w + a·step [k_w], their sums at sums + a·step·lanes [k_w] of vectors. A source row outside the map is null.
 template <class A>
-struct RowSource {
-  const A *row, *w;
+struct RowGroup {
+  const A* source[kRows + kMaxKernel - 1];
+  const A* w;
   A* sums;
+  int64_t step;
   const std::vector<PlaneTap>* taps;
 };
-template <class A>
-SEGKERNELS_INLINE void add_row(std::vector<RowSource<A>>& rows, const A* row, const A* w, A* sums,
-                               const std::vector<PlaneTap>* taps) {
-  RowSource<A>& to = rows.emplace_back();  // field by field: a copy of 32 bytes just written would stall
-  to.row = row;
-  to.w = w;
-  to.sums = sums;
-  to.taps = taps;
+
+// Calls f(h, count) for all tiles of n rows: h, h + r, …, `count` of them. Rows r apart share their sources.
+template <class F>
+void for_each_tile(int64_t n, int64_t r, const F& f) {
+  for (int64_t h0 = 0; h0 < n; h0 += kRows * r)
+    for (int64_t h = h0; h < std::min(n, h0 + r); ++h) f(h, std::min<int64_t>(kRows, ceil_div(n - h, r)));
 }
 
 template <class A, class T>
@@ -103,59 +106,74 @@ inline int64_t plane_size(int64_t H, int64_t W, int64_t s) { return s * H * ceil
 
 // -- sums over taps: y of the forward, dX of the backward -----------------------------------------
 
-// V vectors from vector v0 on: y = bias + Σ_t w[t] · source_t, over the lanes that tap t reaches.
-template <int V, class A, class T>
-void sum_vectors(const std::vector<RowSource<A>>& rows, A bias, int64_t v0, const Mask* inside, T* y) {
+// V vectors from vector v0 on of J rows `pitch` apart, of which `count` are wanted: y = bias + Σ_t w[t] ·
+// source_t, over the lanes that tap t reaches.
+template <int J, int K, int V, class A, class T>
+void sum_vectors(const std::vector<RowGroup<A>>& groups, A bias, int64_t v0, const Mask* inside, T* y,
+                 int64_t pitch, int64_t count) {
   constexpr int64_t L = Vec<A>::lanes;
-  Vec<A> acc[V];
+  Vec<A> acc[J][V];
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j)
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) acc[v] = splat(bias);
-  for (const RowSource<A>& row : rows)
-    for (const PlaneTap& tap : *row.taps) {
-      const Vec<A> w = splat(row.w[tap.b]);
-      const A* source = row.row + tap.offset + v0 * L;
+    for (int v = 0; v < V; ++v) acc[j][v] = splat(bias);
+  for (const RowGroup<A>& group : groups)
+    for (const PlaneTap& tap : *group.taps) {
+      Vec<A> w[K];
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a) w[a] = splat(group.w[a * group.step + tap.b]);
       const Mask* mask = tap.masks + v0;
+#pragma GCC unroll 16
+      for (int m = 0; m < J + K - 1; ++m) {
+        if (!group.source[m]) continue;
+        const A* source = group.source[m] + tap.offset + v0 * L;
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[v] = fma(w, load<A>(source + v * L, mask[v]), acc[v], mask[v]);
+        for (int v = 0; v < V; ++v) {
+          const Vec<A> x = load<A>(source + v * L, mask[v]);
+#pragma GCC unroll 8
+          for (int a = 0; a < K; ++a)
+            if (a <= m && m < a + J) acc[m - a][v] = fma(w[a], x, acc[m - a][v], mask[v]);
+        }
+      }
     }
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j)
+    if (j < count)
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) store(y + (v0 + v) * L, acc[v], inside[v0 + v]);
+      for (int v = 0; v < V; ++v) store(y + j * pitch + (v0 + v) * L, acc[j][v], inside[v0 + v]);
 }
 
-#define SEGKERNELS_BY_VECTORS(V, CALL) \
-  switch (V) {                         \
-    case 1:                            \
-      CALL(1);                         \
-      break;                           \
-    case 2:                            \
-      CALL(2);                         \
-      break;                           \
-    case 3:                            \
-      CALL(3);                         \
-      break;                           \
-    case 4:                            \
-      CALL(4);                         \
-      break;                           \
-    case 5:                            \
-      CALL(5);                         \
-      break;                           \
+template <int J, int K, class A, class T>
+void sum_rows(const Columns<A>& columns, const std::vector<RowGroup<A>>& groups, A bias, T* y, int64_t pitch,
+              int64_t count) {
+  const Mask* inside = columns.masks.data();
+  for (int64_t v = 0; v < columns.vectors; v += columns.block) {
+    const int64_t V = std::min(columns.block, columns.vectors - v);
+    if (V == 1) sum_vectors<J, K, 1>(groups, bias, v, inside, y, pitch, count);
+    if (V == 2) sum_vectors<J, K, 2>(groups, bias, v, inside, y, pitch, count);
+    if constexpr (kMaxVectors > 2)
+      if (V == 3) sum_vectors<J, K, 3>(groups, bias, v, inside, y, pitch, count);
   }
+}
 
-template <class A, class T>
-void sum_row(const Columns<A>& columns, const std::vector<RowSource<A>>& rows, A bias, T* y) {
-  for (int64_t v0 = 0; v0 < columns.vectors; v0 += columns.block) {
-#define SEGKERNELS_SUM(V) sum_vectors<V>(rows, bias, v0, columns.masks.data(), y)
-    SEGKERNELS_BY_VECTORS(std::min(columns.block, columns.vectors - v0), SEGKERNELS_SUM)
-#undef SEGKERNELS_SUM
-  }
+// Calls f with the number of row taps that a group holds, as a constant: all of them where the rows of a tile
+// share sources, else 1.
+template <class F>
+void by_group(bool shared, int64_t k, const F& f) {
+  if (shared && k == 3)
+    f(std::integral_constant<int, 3>());
+  else if (shared && k == 5)
+    f(std::integral_constant<int, 5>());
+  else
+    f(std::integral_constant<int, 1>());
 }
 
 // -- forward --------------------------------------------------------------------------------------
 
 // Items [first, last) of (image, channel): every rate of that plane. w [R, C, k_h, k_w], bias [R, C], y
 // dense.
-template <class T>
-void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias, T* y, int64_t first,
+template <int K, class T>
+void forward_groups(const ForwardPlan& f, const T* x, const T* w, const T* bias, T* y, int64_t first,
                     int64_t last) {
   using A = acc_t<T>;
   const Geometry& g = f.geometry;
@@ -165,7 +183,7 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
   for (int64_t rate = 0; rate < g.R; ++rate)
     columns.emplace_back(g.forward_columns(rate), g.R, W, s, part_size);
   std::vector<A> memory(plane_size(g.H(), g.W(), s));
-  std::vector<RowSource<A>> rows;
+  std::vector<RowGroup<A>> groups;
   A weights[kMaxKernel * kMaxKernel], shift = 0;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / g.C, c = item % g.C;
@@ -174,58 +192,97 @@ void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias,
     for (int64_t rate = 0; rate < g.R; ++rate) {
       widen_row<A>(w + (rate * g.C + c) * g.taps(), g.taps(), weights);
       if (bias) widen_row<A>(bias + rate * g.C + c, 1, &shift);
-      T* y_row = y + ((image * g.R + rate) * g.C + c) * H * W;
-      for (int64_t h = 0; h < H; ++h, y_row += W) {
-        rows.clear();
-        for (const RowTap* tap = f.rows[rate].begin(h); tap != f.rows[rate].end(h); ++tap)
-          add_row<A>(rows, plane.data + tap->row * plane.row, weights + tap->a * g.kw(), nullptr,
-                     &columns[rate].taps[rate]);
-        sum_row(columns[rate], rows, shift, y_row);
-      }
+      T* y_plane = y + ((image * g.R + rate) * g.C + c) * H * W;
+      const Axis& axis = g.rows[rate];
+      const int64_t r = K > 1 ? axis.r : 1;  // between the rows of a tile
+      for_each_tile(H, r, [&](int64_t h, int64_t count) {
+        groups.clear();
+        for (int64_t a = 0; a < axis.k; a += K) {
+          RowGroup<A>& group = groups.emplace_back();
+          for (int64_t m = 0; m < kRows + K - 1; ++m) {
+            const int64_t row = (h + m * r) * axis.s - axis.p + a * axis.r;
+            group.source[m] = row >= 0 && row < axis.in ? plane.data + row * plane.row : nullptr;
+          }
+          group.w = weights + a * g.kw();
+          group.step = g.kw();
+          group.taps = &columns[rate].taps[rate];
+        }
+        sum_rows<kRows, K>(columns[rate], groups, shift, y_plane + h * W, r * W, count);
+      });
     }
   }
+}
+template <class T>
+void forward_planes(const ForwardPlan& f, const T* x, const T* w, const T* bias, T* y, int64_t first,
+                    int64_t last) {
+  by_group(f.geometry.rows[0].s == 1, f.geometry.kh(),
+           [&](auto K) { forward_groups<K>(f, x, w, bias, y, first, last); });
 }
 
 // -- backward -------------------------------------------------------------------------------------
 
-// V vectors of a row of dX, from vector v0 on, and their share of dW: sums[t] += x · dy_t, lane by lane.
-template <int V, class A>
-void backward_vectors(const std::vector<RowSource<A>>& rows, const A* x, int64_t v0, const Mask* inside,
-                      A* dx) {
+// V vectors from vector v0 on of `count` rows of dX, and their share of dW: sums[t] += x · dy_t, lane by
+// lane.
+template <int K, int V, class A, class T>
+void backward_vectors(const std::vector<RowGroup<A>>& groups, const A* x, int64_t x_pitch, int64_t v0,
+                      const Mask* inside, T* dx, int64_t pitch, int64_t count) {
   constexpr int64_t L = Vec<A>::lanes;
-  Vec<A> xs[V], acc[V];
+  Vec<A> xs[kRows][V], acc[kRows][V];
+#pragma GCC unroll 16
+  for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) {
-    xs[v] = load<A>(x + (v0 + v) * L, inside[v0 + v]);
-    acc[v] = splat(A(0));
-  }
-  for (const RowSource<A>& row : rows)
-    for (const PlaneTap& tap : *row.taps) {
-      const Vec<A> w = splat(row.w[tap.b]);
-      const A* source = row.row + tap.offset + v0 * L;
-      const Mask* mask = tap.masks + v0;
-      Vec<A> sum = load<A>(row.sums + tap.b * L);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        const Vec<A> dy = load<A>(source + v * L, mask[v]);
-        acc[v] = fma(w, dy, acc[v], mask[v]);
-        sum = fma(xs[v], dy, sum, mask[v]);
-      }
-      store(row.sums + tap.b * L, sum);
+    for (int v = 0; v < V; ++v) {
+      xs[j][v] = j < count ? load<A>(x + j * x_pitch + (v0 + v) * L, inside[v0 + v]) : splat(A(0));
+      acc[j][v] = splat(A(0));
     }
+  for (const RowGroup<A>& group : groups)
+    for (const PlaneTap& tap : *group.taps) {
+      Vec<A> w[K], sums[K];
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) store(dx + (v0 + v) * L, acc[v], inside[v0 + v]);
+      for (int a = 0; a < K; ++a) {
+        w[a] = splat(group.w[a * group.step + tap.b]);
+        sums[a] = load<A>(group.sums + (a * group.step + tap.b) * L);
+      }
+      const Mask* mask = tap.masks + v0;
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows + K - 1; ++m) {
+        if (!group.source[m]) continue;
+        const A* source = group.source[m] + tap.offset + v0 * L;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+          const Vec<A> dy = load<A>(source + v * L, mask[v]);
+#pragma GCC unroll 8
+          for (int a = 0; a < K; ++a)
+            if (a <= m && m < a + kRows) {
+              const int j = m - a;
+              acc[j][v] = fma(w[a], dy, acc[j][v], mask[v]);
+              if (j < count) sums[a] = fma(xs[j][v], dy, sums[a], mask[v]);
+            }
+        }
+      }
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a) store(group.sums + (a * group.step + tap.b) * L, sums[a]);
+    }
+  if (!dx) return;
+#pragma GCC unroll 16
+  for (int j = 0; j < kRows; ++j)
+    if (j < count)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) store(dx + j * pitch + (v0 + v) * L, acc[j][v], inside[v0 + v]);
 }
 
-template <class A>
-void backward_row(const Columns<A>& columns, const std::vector<RowSource<A>>& rows, const A* x, A* dx) {
-  for (int64_t v0 = 0; v0 < columns.vectors; v0 += columns.block) {
-#define SEGKERNELS_BACKWARD(V) backward_vectors<V>(rows, x, v0, columns.masks.data(), dx)
-    SEGKERNELS_BY_VECTORS(std::min(columns.block, columns.vectors - v0), SEGKERNELS_BACKWARD)
-#undef SEGKERNELS_BACKWARD
+template <int K, class A, class T>
+void backward_tile(const Columns<A>& columns, const std::vector<RowGroup<A>>& groups, const A* x,
+                   int64_t x_pitch, T* dx, int64_t pitch, int64_t count) {
+  const Mask* inside = columns.masks.data();
+  for (int64_t v = 0; v < columns.vectors; v += columns.block) {
+    const int64_t V = std::min(columns.block, columns.vectors - v);
+    if (V == 1) backward_vectors<K, 1>(groups, x, x_pitch, v, inside, dx, pitch, count);
+    if (V == 2) backward_vectors<K, 2>(groups, x, x_pitch, v, inside, dx, pitch, count);
+    if constexpr (kMaxVectors > 2)
+      if (V == 3) backward_vectors<K, 3>(groups, x, x_pitch, v, inside, dx, pitch, count);
   }
 }
-#undef SEGKERNELS_BY_VECTORS
 
 template <class A>
 A sum_plane(const Plane<A>& p, int64_t H, int64_t W) {
@@ -236,23 +293,48 @@ A sum_plane(const Plane<A>& p, int64_t H, int64_t W) {
   return sum(s);
 }
 
+// out[t] = the sum of the lanes of sums[t].
+template <class A>
+void sum_lanes(const A* sums, int64_t n, A* out) {
+  constexpr int64_t L = Vec<A>::lanes;
+  std::fill(out, out + n, A(0));
+  for (int64_t i = 0; i < L; ++i)
+    for (int64_t t = 0; t < n; ++t) out[t] += sums[t * L + i];
+}
+
 // Items [first, last) of (image, channel): dX, and this image's share of dW [B, R, C, k_h, k_w] and db [B, R,
 // C]; null where not wanted.
-template <class T>
-void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, acc_t<T>* dw,
+template <int K, class T>
+void backward_groups(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, acc_t<T>* dw,
                      acc_t<T>* db, int64_t first, int64_t last) {
   using A = acc_t<T>;
   constexpr int64_t L = Vec<A>::lanes;
   const Geometry& g = f.geometry;
   const int64_t s = g.columns[0].s, H = g.H(), W = g.W(), H_out = g.H_out(), W_out = g.W_out(),
-                n_taps = g.taps();
+                n_taps = g.taps(), r = K > 1 ? g.rows[0].r : 1;  // r: between the rows of a tile
   const int64_t dy_size = plane_size(H_out, W_out, 1), part_size = ceil_div(W, s);
   std::vector<Columns<A>> columns;
   for (int64_t c = 0; c < s; ++c) columns.emplace_back(g.backward_columns(c), g.R, ceil_div(W - c, s), 1, 0);
-  std::vector<A> x_memory(plane_size(H, W, s)), dy_memory(g.R * dy_size), line(W), parts(s * part_size);
+  std::vector<A> x_memory(plane_size(H, W, s)), dy_memory(g.R * dy_size), line(W),
+      parts(s * kRows * part_size);
   std::vector<A> weights(g.R * n_taps), sums(g.R * n_taps * L);
   std::vector<Plane<A>> dys(g.R);
-  std::vector<RowSource<A>> rows;
+  std::vector<RowGroup<A>> groups;
+
+  // The row taps a − K + 1, …, a of a rate for the tile of rows at h, the last first: source rows ascend.
+  const auto add_group = [&](int64_t rate, int64_t a, int64_t h) {
+    const Axis& axis = g.rows[rate];
+    RowGroup<A>& group = groups.emplace_back();
+    for (int64_t m = 0; m < kRows + K - 1; ++m) {
+      const int64_t t = h + m * r + axis.p - a * axis.r;
+      const bool read = t >= 0 && t % axis.s == 0 && t / axis.s < H_out;
+      group.source[m] = read ? dys[rate].data + t / axis.s * dys[rate].row : nullptr;
+    }
+    const int64_t weight = rate * n_taps + a * g.kw();
+    group.w = weights.data() + weight;
+    group.sums = sums.data() + weight * L;
+    group.step = -g.kw();
+  };
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / g.C, c = item % g.C;
     Plane<A> plane{};
@@ -264,37 +346,42 @@ void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w,
       if (db) db[(image * g.R + rate) * g.C + c] = sum_plane(dys[rate], H_out, W_out);
     }
     std::fill(sums.begin(), sums.end(), A(0));
-    for (int64_t h = 0; (dx || dw) && h < H; ++h) {
-      T* dx_row = dx ? dx + ((image * g.C + c) * H + h) * W : nullptr;
-      for (int64_t part = 0; part < s; ++part) {
-        rows.clear();
-        for (const RowTap* tap = f.rows.begin(h); tap != f.rows.end(h); ++tap) {
-          const Plane<A>& source = dys[tap->rate];
-          const int64_t weight = tap->rate * n_taps + tap->a * g.kw();
-          add_row(rows, source.data + tap->row * source.row, weights.data() + weight,
-                  sums.data() + weight * L, &columns[part].taps[tap->rate]);
+    T* dx_plane = dx ? dx + (image * g.C + c) * H * W : nullptr;
+    const auto tile = [&](const Columns<A>& columns, const A* x, auto* to, int64_t pitch, int64_t count) {
+      if (dw)
+        backward_tile<K>(columns, groups, x, r * plane.row, to, pitch, count);
+      else
+        sum_rows<kRows, K>(columns, groups, A(0), to, pitch, count);
+    };
+    if (dx || dw)
+      for_each_tile(H, r, [&](int64_t h, int64_t count) {
+        groups.clear();
+        for (int64_t rate = 0; rate < g.R; ++rate)
+          for (int64_t a = g.kh() - 1; a >= 0; a -= K) add_group(rate, a, h);
+        for (int64_t part = 0; part < s; ++part) {
+          for (size_t i = 0; i < groups.size(); ++i) groups[i].taps = &columns[part].taps[i * K / g.kh()];
+          const A* from = dw ? plane.data + part * plane.part + h * plane.row : nullptr;
+          if (s == 1)
+            tile(columns[0], from, dx ? dx_plane + h * W : nullptr, r * W, count);
+          else
+            tile(columns[part], from, parts.data() + part * kRows * part_size, part_size, count);
         }
-        A* to = parts.data() + part * part_size;
-        if constexpr (std::is_same_v<A, T>)
-          if (s == 1 && dx) to = dx_row;
-        if (dw)
-          backward_row(columns[part], rows, plane.data + part * plane.part + h * plane.row, to);
-        else
-          sum_row(columns[part], rows, A(0), to);
-      }
-      if (dx && s > 1) {
-        for (int64_t i = 0; i < W; ++i) line[i] = parts[i % s * part_size + i / s];
-        narrow_row(line.data(), W, dx_row);
-      } else if (dx && !std::is_same_v<A, T>) {
-        narrow_row(parts.data(), W, dx_row);
-      }
-    }
+        for (int64_t j = 0; dx && s > 1 && j < count; ++j) {
+          for (int64_t i = 0; i < W; ++i) line[i] = parts[(i % s * kRows + j) * part_size + i / s];
+          narrow_row(line.data(), W, dx_plane + (h + j * r) * W);
+        }
+      });
     if (dw)
       for (int64_t rate = 0; rate < g.R; ++rate)
-        for (int64_t t = 0; t < n_taps; ++t)
-          dw[((image * g.R + rate) * g.C + c) * n_taps + t] =
-              sum(load<A>(sums.data() + (rate * n_taps + t) * L));
+        sum_lanes(sums.data() + rate * n_taps * L, n_taps, dw + ((image * g.R + rate) * g.C + c) * n_taps);
   }
+}
+template <class T>
+void backward_planes(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* dx, acc_t<T>* dw,
+                     acc_t<T>* db, int64_t first, int64_t last) {
+  const Geometry& g = f.geometry;
+  by_group(g.rows[0].s == 1 && g.R == 1, g.kh(),
+           [&](auto K) { backward_groups<K>(f, x, dy, w, dx, dw, db, first, last); });
 }
 
 // out[i] = Σ_b sums[b][i].

@@ -34,7 +34,7 @@ template <class A>
 struct RowPart {
   int64_t h, first, last, pixel;  // pixel: of the tile
   Columns<A> columns;
-  std::vector<RowSource<A>> sources;
+  std::vector<RowGroup<A>> sources;
 };
 
 // NCHW: d[channel − c0][pixel]. Rows of x that cannot be read in place are widened one by one.
@@ -59,7 +59,7 @@ void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t
         {h, first, last, p - tile.first, {columns, g.R, last - first, s, ceil_div(g.W(), s)}, {}});
     for (const RowTap* tap = taps.begin(h); tap != taps.end(h); ++tap)
       parts.back().sources.push_back(
-          {nullptr, weights + tap->a * g.kw(), nullptr, &parts.back().columns.taps[rate]});
+          {{}, weights + tap->a * g.kw(), nullptr, 0, &parts.back().columns.taps[rate]});
     p += last - first;
   }
   for (int64_t c = c0; c < c1; ++c) {
@@ -72,9 +72,9 @@ void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t
         if (c + 1 < c1)  // planes are too far apart for the hardware to foresee the next one
           for (int64_t j = 0; j < part.last - part.first; j += 64 / sizeof(T))
             __builtin_prefetch(row + f.x.sC + part.first + j);
-        part.sources[i].row = read_plane(row, f.x.sH, 1, g.W(), s, memory.data() + i * line).data;
+        part.sources[i].source[0] = read_plane(row, f.x.sH, 1, g.W(), s, memory.data() + i * line).data;
       }
-      sum_row(part.columns, part.sources, A(0), d.p + (c - c0) * d.step + part.pixel);
+      sum_rows<1, 1>(part.columns, part.sources, A(0), d.p + (c - c0) * d.step + part.pixel, 0, 1);
     }
   }
 }
