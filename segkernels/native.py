@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import platform
 import warnings
 from pathlib import Path
@@ -21,6 +22,9 @@ import torch
 
 from segkernels.build_plan import MARK, REMEDY, Tree
 from segkernels.toolchain import covers
+
+
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
 
 def why_not(device_type: str) -> str | None:
@@ -71,6 +75,9 @@ def _load(library: str) -> str | None:
         return f"there are no native kernels for {library!r} devices, only for cpu and cuda"
     if library == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    wish = os.environ.get("SEGKERNELS_ISA")
+    if library == "cpu" and wish and wish not in INSTRUCTION_SETS:
+        return f"SEGKERNELS_ISA={wish} is none of {', '.join(INSTRUCTION_SETS)}"
     facts = metadata(library)
     if facts is None:
         return f"the native library for {library} is not built; to build it: {REMEDY}"

@@ -63,6 +63,11 @@ def test_not_built(package) -> None:
     assert native.metadata("cpu") is None
 
 
+def test_an_unknown_instruction_set(package, monkeypatch) -> None:
+    monkeypatch.setenv("SEGKERNELS_ISA", "avx")
+    assert native.why_not("cpu") == "SEGKERNELS_ISA=avx is none of avx512, avx2, baseline"
+
+
 def test_no_gpu(package, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert native.why_not("cuda") == "torch sees no CUDA device"
