@@ -23,7 +23,6 @@ import torch
 from segkernels.build_plan import MARK, REMEDY, Tree
 from segkernels.toolchain import covers
 
-
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
 
