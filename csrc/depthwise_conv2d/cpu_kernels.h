@@ -184,6 +184,53 @@ void forward_row(const ForwardPlan& f, const T* x, const T* w, const T* bias, in
   }
 }
 
+// Two output rows h and g (the next one of the order) of a 3x3 window at stride 1, at pixels where every tap
+// is inside: the four rows of x that they read are loaded once for both.
+template <class T>
+__attribute__((noinline)) void forward_two_rows(const ForwardPlan& f, const T* x, const T* w, const T* bias,
+                                                int64_t rate, int64_t h, const Run& run, int64_t c0,
+                                                int64_t c1, T* y, int64_t y_step, int64_t y_row) {
+  constexpr int64_t L = Pair<T>::lanes;
+  const Geometry& g = f.geometry;
+  const int64_t r = g.columns[rate].r, row_step = g.rows[rate].r * f.x.sH;
+  const T* source = x + f.rows[rate].begin(h)->row * f.x.sH + (run.begin + run.taps[0].source) * f.x.sW;
+  for (int64_t pair = c0; pair < c1; pair += L) {
+    const int64_t c = c0 + pair_start(pair - c0, c1 - c0, L);
+    Pair<T> weight[9];
+#pragma GCC unroll 16
+    for (int i = 0; i < 9; ++i) weight[i] = load2(w + (rate * 9 + i) * g.C + c);
+    const Pair<T> start = bias ? load2(bias + rate * g.C + c) : Pair<T>{};
+    const T* in = source + c;
+    T* out = y + run.begin * y_step + c - c0;
+    int64_t left = run.end - run.begin;
+    const auto pixels = [&](auto count) __attribute__((always_inline)) {
+      Pair<T> upper[count], lower[count];
+#pragma GCC unroll 8
+      for (int p = 0; p < count; ++p) upper[p] = lower[p] = start;
+#pragma GCC unroll 16
+      for (int a = 0; a < 4; ++a)
+#pragma GCC unroll 16
+        for (int b = 0; b < 3; ++b)
+#pragma GCC unroll 8
+          for (int p = 0; p < count; ++p) {
+            const Pair<T> v = load2(in + a * row_step + (b * r + p) * f.x.sW);
+            if (a < 3) upper[p] = fma(weight[a * 3 + b], v, upper[p]);
+            if (a > 0) lower[p] = fma(weight[a * 3 - 3 + b], v, lower[p]);
+          }
+#pragma GCC unroll 8
+      for (int p = 0; p < count; ++p) {
+        store2(out + p * y_step, upper[p]);
+        store2(out + y_row + p * y_step, lower[p]);
+      }
+      in += count * f.x.sW;
+      out += count * y_step;
+      left -= count;
+    };
+    while (left >= 2) pixels(std::integral_constant<int, 2>());
+    while (left > 0) pixels(std::integral_constant<int, 1>());
+  }
+}
+
 // Items [first, last) of (image, slab of channels, output row): every rate of that row, so that x is read
 // once.
 template <class T>
@@ -195,9 +242,25 @@ void forward_channels_last(const ForwardPlan& f, const T* x, const T* w, const T
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / H / n_slabs, c0 = item / H % n_slabs * f.slab, h = f.order[item % H];
     const int64_t c1 = g.slab_end(c0, f.slab);
+    const T* x_image = x + image * f.x.sB;
+    const auto out = [&](int64_t row) { return y + (image * H + row) * W * y_step + c0; };
+    if (f.pairs(h) && item + 1 < last && item % H + 1 < H && f.order[item % H + 1] == h + g.rows[0].r &&
+        f.pairs(h + g.rows[0].r) && c1 - c0 >= Pair<T>::lanes && kWalks) {
+      const int64_t below = h + g.rows[0].r, y_row = (below - h) * W * y_step;
+      for (const Run& run : f.runs[0])
+        if (run.taps.size() == 3) {
+          forward_two_rows(f, x_image, w, bias, 0, h, run, c0, c1, out(h), y_step, y_row);
+        } else {
+          forward_row(f, x_image, w, bias, 0, h, run.begin, run.end, c0, c1, out(h) + run.begin * y_step,
+                      y_step, identity);
+          forward_row(f, x_image, w, bias, 0, below, run.begin, run.end, c0, c1,
+                      out(below) + run.begin * y_step, y_step, identity);
+        }
+      ++item;
+      continue;
+    }
     for (int64_t rate = 0; rate < g.R; ++rate)
-      forward_row(f, x + image * f.x.sB, w, bias, rate, h, 0, W, c0, c1,
-                  y + (image * H + h) * W * y_step + rate * g.C + c0, y_step, identity);
+      forward_row(f, x_image, w, bias, rate, h, 0, W, c0, c1, out(h) + rate * g.C, y_step, identity);
   }
 }
 

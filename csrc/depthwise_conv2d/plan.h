@@ -58,6 +58,14 @@ struct ForwardPlan {
       runs.push_back(runs_of(geometry.forward_columns(rate), geometry.W_out()));
     }
   }
+
+  // Whether output row h may be computed together with the one a rate below it: one rate, 3x3, stride 1,
+  // every row of the window inside.
+  bool pairs(int64_t h) const {
+    const Geometry& g = geometry;
+    return g.R == 1 && g.kh() == 3 && g.kw() == 3 && g.rows[0].s == 1 && g.columns[0].s == 1 &&
+           rows[0].end(h) - rows[0].begin(h) == 3;
+  }
 };
 
 struct BackwardPlan {
