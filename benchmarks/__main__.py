@@ -7,7 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         v for v in judge(rows, _goals(options)) if options.goals or v.outcome != "not measured"
     ]
     report.print_report(rows, verdicts)
-    stem = datetime.now(UTC).date().isoformat() + ("-goals" if options.goals else "")
+    stem = datetime.now(timezone.utc).date().isoformat() + ("-goals" if options.goals else "")
     numbers, text = report.write(options.out, stem, rows, verdicts, block)
     print(f"\nwrote {numbers}\n      {text}")
     if not finished:
