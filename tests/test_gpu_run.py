@@ -99,7 +99,7 @@ def test_the_report(measured, tmp_path, monkeypatch) -> None:
 
 
 def test_the_sanitizers_short_list_names_tests_of_the_contract() -> None:
-    """Both operators under the native backend, and few enough for a tool that slows them 50-fold."""
+    """Both operators on the native backend; few, for a tool that slows them 50-fold."""
     command = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider")
     done = subprocess.run(
         (*command, "tests/test_contract.py", "-k", gpu.SHORT_LIST),
