@@ -47,35 +47,20 @@ def inputs(case, dtype, layout, seed=0):
     return x, w, b, [s, s], padding, dilation
 
 
-def widened(*tensors):
-    return [t.double() for t in tensors]
-
-
 def compare(x, w, b, dy, geometry, need=(1, 1, 1)):
     """Forward and backward against float64."""
     y = ops().depthwise_conv2d(x, w, b, *geometry)
-    x64, w64, b64 = widened(x, w, b)
-    truth = law.depthwise(x64, w64, b64, *geometry)
-    size = law.depthwise(x64.abs(), w64.abs(), b64.abs(), *geometry)
-    taps, rates = w.shape[2] * w.shape[3], w.shape[0]
-    law.check("y", y, truth, size, taps + 1)
-    if dy is None:
-        return y, None
     grads = ops().depthwise_conv2d_backward(dy, x, w, *geometry, list(need))
+    for grad, wanted in zip(grads, need, strict=True):
+        assert wanted or grad.shape == (0,)
+    got = dict(zip(("y", "dx", "dw", "db"), (y, *grads), strict=True))
 
     def function(x, w, b):
         return law.depthwise(x, w, b, *geometry)
 
-    truths = law.gradients(function, [x64, w64, b64], dy.double())
-    sizes = law.gradients(function, [x64.abs(), w64.abs(), b64.abs()], dy.double().abs())
-    terms = (taps * rates, dy.numel() // max(dy.shape[1], 1), dy.numel() // max(dy.shape[1], 1))
-    for name, got, truth, size, n, wanted in zip(
-        ("dx", "dw", "db"), grads, truths, sizes, terms, need, strict=True
-    ):
-        if wanted:
-            law.check(name, got, truth, size, n)
-        else:
-            assert got.shape == (0,)
+    yardstick = law.results(function, [x, w, b], dy)
+    truth = law.results(function, law.widened([x, w, b]), dy.double())
+    law.check(got, yardstick, truth, x.dtype, max(x[:, 0].numel(), w[0, 0].numel() * len(w)))
     return y, grads
 
 
@@ -195,7 +180,7 @@ def test_nan_stays_where_it_belongs():
     x[0, 3, 2, 1] = float("nan")
     dy = cotangent(out_shape(x, w, geometry), torch.float32, "channels_last")
     truth = law.depthwise(x, w, b, *geometry)
-    dw = law.gradients(lambda x, w: law.depthwise(x, w, None, *geometry), [x, w], dy)[1]
+    dw = law.results(lambda x, w: law.depthwise(x, w, None, *geometry), [x, w], dy)[2]
     assert torch.equal(ops().depthwise_conv2d(x, w, b, *geometry).isnan(), truth.isnan())
     got = ops().depthwise_conv2d_backward(dy, x, w, *geometry, [1, 1, 1])
     assert got[1][:, 3].isnan().any() and torch.equal(got[1].isnan(), dw.isnan())
