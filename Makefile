@@ -8,11 +8,13 @@ READY := $(VENV)/.ready
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 ARGS ?=
 
-.PHONY: help demo test bench build lint format gpu clean
+.PHONY: help demo test test-all bench build lint format gpu clean
 
 help:
 	@echo "make demo    train, compare and time on this machine (about a minute after the set-up)"
-	@echo "make test    the whole test suite            ARGS='-k depthwise' picks tests"
+	@echo "make test    the tests, but for those marked slow: eight minutes at most on two idle cores"
+	@echo "             ARGS='-k depthwise' picks tests"
+	@echo "make test-all  every test, the slow ones too (what pytest -m '' runs)"
 	@echo "make bench   the micro-benchmark suite       ARGS='--quick'"
 	@echo "make build   compile the native libraries"
 	@echo "make lint    ruff, mypy, clang-format;  make format  applies them"
@@ -24,6 +26,9 @@ demo: build
 
 test: build
 	$(PY) -m pytest $(ARGS)
+
+test-all: build
+	$(PY) -m pytest -m '' $(ARGS)
 
 bench: build
 	$(PY) -m segkernels bench $(ARGS)

@@ -32,7 +32,8 @@ from segkernels.native import build_info
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 520.0  # seconds: below nine minutes with the start of Python and the writing
 FOR_BENCHMARKS = 150.0  # what the tests leave to the benchmarks
-SHORT_LIST = "tiny and float32"  # of the contract, for compute-sanitizer: it slows a kernel 50-fold
+# of the contract, for compute-sanitizer: it slows a kernel 50-fold
+SHORT_LIST = "no_worse and float32 and odd_channels"
 
 
 @dataclass(frozen=True)

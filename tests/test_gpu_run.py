@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from segkernels.fused import OPERATORS
 
 
 def stage(code: str, seconds: float = 60, junit: Path | None = None) -> gpu.Stage:
@@ -94,3 +96,18 @@ def test_the_report(measured, tmp_path, monkeypatch) -> None:
     assert content.get("rows") == ([1] if measured else None)
     assert "| contract | failed | 12 | 1 failed: b |" in text.read_text()
     assert text.read_text().startswith("# Benchmark" if measured else "# a-gpu")
+
+
+def test_the_sanitizers_short_list_names_tests_of_the_contract() -> None:
+    """Both operators on the native backend; few, for a tool that slows them 50-fold."""
+    command = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider")
+    done = subprocess.run(
+        (*command, "tests/test_contract.py", "-k", gpu.SHORT_LIST),
+        cwd=gpu.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    picked = [line for line in done.stdout.splitlines() if "::" in line]
+    for operator in OPERATORS:
+        assert any(operator in name and "native" in name for name in picked), done.stdout
+    assert len(picked) <= 16

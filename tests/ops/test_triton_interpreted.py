@@ -1,8 +1,8 @@
 """The Triton kernels, interpreted on the CPU, against the equations in plain PyTorch in float64.
 
 The interpreter must be chosen before Triton is imported, so this file runs itself again, as a
-subprocess with TRITON_INTERPRET=1; there the tests are real. (The contract reaches the same kernels
-under that variable: TRITON_INTERPRET=1 pytest tests/test_contract.py -k triton.)
+subprocess with TRITON_INTERPRET=1; there the tests are real. The contract reaches the same kernels
+under that variable.
 """
 
 from __future__ import annotations
@@ -36,9 +36,27 @@ DTYPES = {
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
+CONTRACT = str(Path(__file__).parents[1] / "test_contract.py")
+RUNS = {
+    "kernels": (__file__, "-m", "not slow"),
+    "contract": (CONTRACT, "-k", "triton and kernel_1 and not compile and not export"),
+}
+SLOW_RUNS = {
+    "kernels-slow": (__file__, "-m", "slow"),
+    "contract-whole": (CONTRACT, "-k", "triton"),
+}
+
+
 @pytest.mark.skipif(INTERPRETED, reason="already there")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(pytest.param(run, id=name) for name, run in RUNS.items()),
+        *(pytest.param(run, id=name, marks=pytest.mark.slow) for name, run in SLOW_RUNS.items()),
+    ],
+)
+def test_in_the_interpreter(arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     run = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -146,9 +164,17 @@ DEPTHWISE = {  # B C H W, R kernel stride dilation
 }
 
 
+# every case in float64 and in 16 bits, once in each layout; the other combinations are slow
+DEFAULT = {("fp64", "nchw"), ("bf16", "nhwc")}
+COMBINATIONS = [
+    pytest.param(d, lay, marks=[] if (d, lay) in DEFAULT else [pytest.mark.slow])
+    for d in DTYPES
+    for lay in LAYOUTS
+]
+
+
 @interpreted
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "layout"), COMBINATIONS)
 @pytest.mark.parametrize("case", DEPTHWISE)
 def test_depthwise(case: str, dtype: str, layout: str) -> None:
     size, (rates, *window_size), stride, dilation = DEPTHWISE[case]

@@ -7,10 +7,12 @@ names and schemas of `torch.ops.segkernels`.
 import hashlib
 import os
 import subprocess
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 
 import segkernels  # noqa: F401  declares the operators
@@ -24,6 +26,11 @@ SANITIZE = [f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINE
 
 def sources() -> list[Path]:
     return sorted(ROOT.glob("csrc/*/cuda.cu"))
+
+
+def some_slow(combinations: Iterable[tuple], default: Callable[..., bool]) -> list:
+    """Parameters of a test; those outside the default set are marked slow."""
+    return [pytest.param(*c, marks=[] if default(*c) else [pytest.mark.slow]) for c in combinations]
 
 
 def sanitized() -> bool:

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+from segkernels.fused import accumulation_dtype
 from tests.simt import law
-from tests.simt.executor import ops
+from tests.simt.executor import ops, some_slow
 from tests.simt.kernels_depthwise import LAYOUTS, cotangent
 
 # B, C, D, H, W, kernel, stride, rates
@@ -38,12 +39,16 @@ def inputs(case, mode, dtype, layout):
 
     R = len(rates)
     x = draw(B, C, H, W).to(memory_format=memory)
-    w, v = draw(R, C, kh, kw, scale=0.5), draw(R, D, C, scale=C**-0.5)
-    affine = [
-        (draw(R * n).to(law.accumulation(dtype)) + off) if present else None
-        for (present, _, _), n in zip(MODES[mode], (C, D), strict=True)
-        for off in (1.5, 0.25)
-    ]
+    w, v = draw(R, C, kh, kw, scale=(kh * kw) ** -0.5), draw(R, D, C, scale=C**-0.5)
+    affine = []
+    for (present, _, _), n in zip(MODES[mode], (C, D), strict=True):
+        gamma, beta = (draw(R * n).to(accumulation_dtype(dtype)) for _ in "γβ")
+        if dtype.itemsize > 2:
+            gamma = gamma + 1.5
+        else:  # every channel lies in the middle of relu6's slope, or as far below it:
+            gamma = (1 + gamma / 4) / 4  # no rounding carries a value across a kink
+            beta = 3 - 6.0 * (torch.arange(R * n) % 2)
+        affine += [gamma, beta] if present else [None, None]
     padding = [r * (k - 1) // 2 for pair in rates for r, k in zip(pair, (kh, kw), strict=True)]
     return [x, w, v, *affine], [[s, s], padding, [r for pair in rates for r in pair]]
 
@@ -56,7 +61,7 @@ def reference(x, w, v, gamma1, beta1, gamma2, beta2, mode, geometry, moments=Non
 
     def affine(a, gamma, beta, act, eps):
         shape = (1, -1, 1, 1)
-        wide = a.to(law.accumulation(a.dtype))
+        wide = a.to(accumulation_dtype(a.dtype))
         if eps is not None:
             var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
             if moments is not None:
@@ -82,18 +87,6 @@ def reference(x, w, v, gamma1, beta1, gamma2, beta2, mode, geometry, moments=Non
     return affine(o, gamma2, beta2, act2, eps2)
 
 
-def widen(tensors):
-    return [None if t is None else t.double() for t in tensors]
-
-
-def gradients(tensors, mode, geometry, dy):
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    y = reference(*leaves, mode, geometry)
-    wanted = [t for t in leaves if t is not None]
-    grads = iter(torch.autograd.grad(y, wanted, dy))
-    return y.detach(), [None if t is None else next(grads) for t in leaves]
-
-
 def kernels(tensors, mode, geometry, dy, need=None):
     (_, act1, eps1), (_, act2, eps2) = MODES[mode]
     x, w, v, *affine = tensors
@@ -108,47 +101,31 @@ def kernels(tensors, mode, geometry, dy, need=None):
     return y, moments, grads, need
 
 
-def relative(got, truth):
-    return ((got.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+NAMES = ("y", "dx", "dw", "dv", "dgamma1", "dbeta1", "dgamma2", "dbeta2")
 
 
 def compare(tensors, mode, geometry, dy, need=None):
-    """As near the truth as the equations in the same type, up to a budget from the reduction."""
+    """Forward, backward and moments against float64."""
     dtype = tensors[0].dtype
-    pixels = dy.numel() // max(dy.shape[1], 1)
-    budget = 4 * torch.finfo(dtype).eps + pixels**0.5 * torch.finfo(law.accumulation(dtype)).eps
-    # a fraction eps of the elements lie within a rounding of one of up to four kinks of φ₁ and φ₂,
-    # where the slope is a toss-up: their whole gradient counts as error
-    kinks = 2 * torch.finfo(dtype).eps ** 0.5 if dtype.itemsize == 2 else 0.0
     y, moments, grads, need = kernels(tensors, mode, geometry, dy, need)
-    truth, truths = gradients(widen(tensors), mode, geometry, dy.double())
-    same, sames = gradients(tensors, mode, geometry, dy)
-    names = ("dx", "dw", "dv", "dgamma1", "dbeta1", "dgamma2", "dbeta2")
-    for name, got, true, ours in zip(
-        ("y", *names), (y, *grads), (truth, *truths), (same, *sames), strict=True
-    ):
-        if name != "y" and not need[names.index(name)]:
-            assert got.shape == (0,), name
-            continue
-        assert got.shape == true.shape, (name, got.shape, true.shape)
-        assert got.dtype == ours.dtype, name
-        error, allowed = relative(got, true), 2 * relative(ours, true) + budget
-        allowed += kinks * (name != "y")
-        assert error <= allowed, f"{name}: relative error {error:.3g}, {allowed:.3g} allowed"
-    expected = []
-    reference(*widen(tensors), mode, geometry, moments=expected)
-    for i, (_, _, eps) in enumerate(MODES[mode]):
-        if eps is None:
-            assert moments[2 * i].shape == moments[2 * i + 1].shape == (0,)
-            continue
-        mean, var = expected.pop(0)
-        assert (
-            (moments[2 * i].double() - mean).abs()
-            <= 8 * torch.finfo(dtype).eps * (mean.abs() + var.sqrt())
-        ).all()
-        assert (
-            (moments[2 * i + 1].double() - var).abs() <= 16 * torch.finfo(dtype).eps * var.max()
-        ).all()
+    for grad, wanted in zip(grads, need, strict=True):
+        assert wanted or grad.shape == (0,)
+    got = dict(zip(NAMES, (y, *grads), strict=True))
+    longest = max(tensors[0][:, 0].numel(), *tensors[2].shape)
+
+    def equations(inputs, dy):
+        seen = []
+        made = law.results(lambda *t: reference(*t, mode, geometry, seen), inputs, dy)
+        return made, [m.detach() for pair in seen for m in pair]
+
+    yardstick, rough = equations(tensors, dy)
+    truth, exact = equations(law.widened(tensors), dy.double())
+    law.check(got, yardstick, truth, dtype, longest)
+    present = {
+        f"moment {i}": m for i, m in enumerate(moments) if MODES[mode][i // 2][2] is not None
+    }
+    law.check(present, rough, exact, dtype, longest)
+    assert sum(m.numel() > 0 for m in moments) == len(present)
     return y, grads
 
 
@@ -162,7 +139,17 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "mode", "dtype", "layout"), COMBINATIONS)
+def default(case, mode, dtype, layout):
+    """Every mode and every case, every type and both layouts in some of them."""
+    last = layout == "channels_last"
+    if case == "vectors":
+        return last == (dtype != torch.float32)
+    if dtype == torch.float64:
+        return mode == "training" and last
+    return mode == "folded" and (dtype == (torch.bfloat16 if last else torch.float32))
+
+
+@pytest.mark.parametrize(("case", "mode", "dtype", "layout"), some_slow(COMBINATIONS, default))
 def test_against_float64(case, mode, dtype, layout):
     tensors, geometry = inputs(case, mode, dtype, layout)
     dy = cotangent(reference(*tensors, mode, geometry).shape, dtype, layout)
@@ -172,8 +159,13 @@ def test_against_float64(case, mode, dtype, layout):
         assert grads[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("wanted", range(7))
-@pytest.mark.parametrize("mode", ["folded", "training"])
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    some_slow(
+        itertools.product(("folded", "training"), range(7)),
+        lambda mode, wanted: mode == "training" or wanted == 2,  # without moments, dv alone
+    ),
+)
 def test_only_what_is_needed(mode, wanted):
     tensors, geometry = inputs("odd channels", mode, torch.float32, "channels_last")
     dy = cotangent(reference(*tensors, mode, geometry).shape, torch.float32, "channels_last")

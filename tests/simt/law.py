@@ -1,18 +1,14 @@
-"""Truths in float64, and how far from them a kernel may be.
+"""The equations in plain PyTorch, and the law of tolerance (segkernels.tolerance) against them."""
 
-A value made of n terms, accumulated in type A and stored in type T, is off by at most
-n·eps(A)·Σ|terms| + eps(T)·|value|; Σ|terms| is the same formula on absolute values.
-"""
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segkernels import tolerance
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def depthwise(x: Tensor, w: Tensor, b: Tensor | None, stride, padding, dilation) -> Tensor:
@@ -35,23 +31,26 @@ def depthwise(x: Tensor, w: Tensor, b: Tensor | None, stride, padding, dilation)
     )
 
 
-def gradients(function, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    return list(torch.autograd.grad(function(*leaves), leaves, dy))
+def results(function: Callable[..., Tensor], inputs: list[Tensor | None], dy: Tensor) -> list:
+    """y and the gradient of every input; None for those that are None."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    y = function(*leaves)
+    grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
+    return [y.detach(), *(None if t is None else next(grads) for t in leaves)]
 
 
-def check(
-    name: str, got: Tensor, truth: Tensor, magnitude: Tensor, terms: int, roundings: int = 1
-) -> None:
-    """`roundings`: of stored intermediates of got's type that enter the value, itself included."""
-    storage = torch.finfo(got.dtype).eps
-    budget = (terms + 4) * torch.finfo(accumulation(got.dtype)).eps + (roundings - 1) * storage
-    bound = budget * magnitude + storage * truth.abs() + torch.finfo(got.dtype).tiny
-    if got.dtype == torch.float16:
-        bound = bound + 2.0**-24  # the step of subnormal numbers
-    error = (got.double() - truth).abs()
-    assert got.shape == truth.shape, (
-        f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
-    )
-    worst = (error / bound).max().item() if error.numel() else 0.0
-    assert worst <= 1, f"{name}: error is {worst:.3g} of the bound"
+def widened(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def check(got: dict[str, Tensor], yardstick: list, truth: list, dtype, longest_sum: int) -> None:
+    """`yardstick`: the equations in `dtype`, `truth`: in float64; what is empty was not asked."""
+    gradients = [t.abs().max().item() for t in truth[1:] if t is not None and t.numel()]
+    for (name, value), rough, true in zip(got.items(), yardstick, truth, strict=True):
+        if value.shape == (0,):
+            continue
+        assert value.shape == true.shape, f"{name}: {value.shape}, expected {true.shape}"
+        assert value.dtype == rough.dtype, name
+        largest = max(gradients, default=0.0)
+        error, allowed = tolerance.verdict(value, rough, true, dtype, longest_sum, largest)
+        assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g} allowed"

@@ -38,8 +38,10 @@ def environment():
 
 
 @needs_executor
+@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("suite", SUITES, ids=lambda p: p.stem.removeprefix("kernels_"))
-def test_kernels(suite, environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(suite)]
+def test_kernels(suite, part, environment):
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", part]
+    command = [sys.executable, "-m", "pytest", *options, str(suite)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
