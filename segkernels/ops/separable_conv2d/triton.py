@@ -43,7 +43,8 @@ def separable_conv2d(
     padding: list[int],
     dilation: list[int],
 ) -> tuple[torch.Tensor, ...]:  # y, o [B, R·D, H', W'], mean1, var1 [R·C], mean2, var2 [R·D]
-    mean1, var1, mean2, var2 = layouts.partial_sums(x, 4, 0, 0)
+    wide = accumulation_dtype(x.dtype)
+    mean1, var1, mean2, var2 = (x.new_empty(0, dtype=wide) for _ in range(4))
     size = unflatten(w, stride, padding, dilation).output_size(x.size(2), x.size(3))[0]
     source = x
     if eps1 is not None:
