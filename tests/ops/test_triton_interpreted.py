@@ -204,7 +204,7 @@ SEPARABLE = {  # B C H W, D R k stride dilation, eps, activations, affine
 
 
 @interpreted
-@pytest.mark.parametrize(("dtype", "layout"), zip(DTYPES, [*LAYOUTS] * 2, strict=True))
+@pytest.mark.parametrize(("dtype", "layout"), [*zip(DTYPES, [*LAYOUTS] * 2, strict=True)])
 @pytest.mark.parametrize("case", SEPARABLE)
 def test_separable(case: str, dtype: str, layout: str) -> None:
     size, (outputs, rates, k, stride), dilation, eps, acts, affine = SEPARABLE[case]
