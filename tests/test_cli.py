@@ -202,7 +202,7 @@ class TestBuild:
         compiler = tmp_path / "g++"
         compiler.write_text(
             "#!/bin/sh\n[ $1 = --version ] && exec echo g++ 1\n"
-            f"echo $$ >> {tmp_path}/started\nexec sleep 60\n"
+            f"echo $$ >> {tmp_path}/started\nexec sleep 600\n"
         )
         compiler.chmod(0o755)
         source = tmp_path / "csrc" / "toy" / "cpu.cpp"
@@ -218,11 +218,11 @@ class TestBuild:
             text=True,
             start_new_session=True,
         )
-        started, deadline = tmp_path / "started", time.monotonic() + 60
+        started, deadline = tmp_path / "started", time.monotonic() + 200
         while not started.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=100)
         assert process.returncode == 130
         assert err.strip() == "interrupted"
         assert not list((tmp_path / "out").iterdir())

@@ -37,7 +37,7 @@ def test_a_stage_out_of_time_is_interrupted_and_may_still_finish(tmp_path) -> No
     )
     outcome = gpu.run(stage(code, 5.2), in_time())
     assert outcome.status == "out of time"
-    assert outcome.seconds < 12
+    assert outcome.seconds < 50  # of the 60 it would have slept
     assert (tmp_path / "kept").exists()
 
 
