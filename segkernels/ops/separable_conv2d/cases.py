@@ -106,6 +106,8 @@ PAPER = (
 AWKWARD = (
     Case("one_pixel", (1, 1, 1, 1), 1),
     Case("odd_channels", (2, 17, 7, 9), 5, _rate(2)),
+    Case("wide", (2, 75, 9, 10), 45),
+    Case("wide_dilated_train", (2, 45, 11, 10), 70, ((3, 2),), eps=_TRAIN),
     Case("plain", (2, 6, 5, 7), 9, affine=(False, False), activation=(None, None)),
     Case("relu6_rate_beyond_map", (1, 8, 5, 6), 33, ((7, 3),), activation=("relu6", "relu6")),
     Case("several_rates", (2, 9, 11, 8), 4, ((1, 1), (3, 2), (12, 5))),
