@@ -127,7 +127,6 @@ class Operator:
         self._raw = {b: getattr(torch.ops, lib.ns) for b, lib in _LIBRARIES.items()}
         schema = self.raw("native")._schema
         self.arguments = [a.name for a in schema.arguments]
-        self.tensors = [a.name for a in schema.arguments if "Tensor" in str(a.type)]
         self.outputs = [r.name for r in schema.returns]
         schema = self.raw("native", backward=True)._schema
         self._backward_arguments = [a.name for a in schema.arguments]
@@ -188,21 +187,19 @@ class Operator:
 
     def reasons(self, *args: Any) -> dict[str, str | None]:
         """For raw arguments: backend -> None when it can run them, else the reason why not."""
-        x = args[0]
-        limit = self._limits(*args) if self._limits else None
-        return _reasons(self.package, x.device.type, x.dtype, limit)
+        return _reasons(*self._kind(args))
 
-    def _choose(self, args: tuple[Any, ...], requested: str | None) -> str:
-        x = args[0]
+    def _kind(self, args: tuple[Any, ...]) -> tuple[str, str, torch.dtype, str | None]:
+        """All that the choice of a backend may depend on."""
         limit = self._limits(*args) if self._limits else None
-        return _choose(self.package, x.device.type, x.dtype, limit, requested)
+        return self.package, args[0].device.type, args[0].dtype, limit
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run on raw arguments, which the door has checked; returns the schema's outputs."""
         args = self._cast(args)
         if backend is _EXPLAIN:
             raise _Explained(self.reasons(*args))
-        chosen = self._choose(args, backend)
+        chosen = _choose(*self._kind(args), backend)
         if chosen == "reference":
             return self._reference(*args)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
@@ -274,6 +271,7 @@ class _Fused(torch.autograd.Function):
             args[place] = cotangents[i]
         args[op._need] = [int(needs[i]) for i in op._differentiated]
         made = op.raw(ctx.backend, backward=True)(*args)
+        made = made if len(op._gradients) > 1 else (made,)
         gradients = [None] * len(needs)
         for i, gradient in zip(op._differentiated, made, strict=True):
             if needs[i]:

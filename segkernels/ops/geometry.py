@@ -22,6 +22,11 @@ LARGEST_KERNEL = 7
 LARGEST_STRIDE = 2
 
 
+def square(*rates: int) -> tuple[Pair, ...]:
+    """Rates that are the same in rows and columns."""
+    return tuple((r, r) for r in rates)
+
+
 @dataclass(frozen=True)
 class Window:
     """A k_h x k_w window at R rates; padding and dilation have one pair a rate."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from segkernels.ops.geometry import Pair
+from segkernels.ops.geometry import Pair, square
 
 
 @dataclass(frozen=True)
@@ -67,29 +67,25 @@ class Case:
         }
 
 
-def _rate(*rates: int) -> tuple[Pair, ...]:
-    return tuple((r, r) for r in rates)
-
-
 PAPER = (
     Case("c256_65_r1", (1, 256, 65, 65)),
-    Case("c256_65_r6", (1, 256, 65, 65), _rate(6)),
-    Case("c256_65_r12", (1, 256, 65, 65), _rate(12)),
-    Case("c256_65_r24", (1, 256, 65, 65), _rate(24)),
-    Case("c256_65_r36", (1, 256, 65, 65), _rate(36)),
-    Case("c2048_33_r12", (1, 2048, 33, 33), _rate(12)),
-    Case("c2048_33_aspp", (1, 2048, 33, 33), _rate(6, 12, 18)),
+    Case("c256_65_r6", (1, 256, 65, 65), square(6)),
+    Case("c256_65_r12", (1, 256, 65, 65), square(12)),
+    Case("c256_65_r24", (1, 256, 65, 65), square(24)),
+    Case("c256_65_r36", (1, 256, 65, 65), square(36)),
+    Case("c2048_33_r12", (1, 2048, 33, 33), square(12)),
+    Case("c2048_33_aspp", (1, 2048, 33, 33), square(6, 12, 18)),
     Case("c304_129_r1", (1, 304, 129, 129)),
     Case("c256_65_dpc", (1, 256, 65, 65), ((18, 15),)),
-    Case("c256_65_k5", (1, 256, 65, 65), _rate(2), kernel=(5, 5)),
-    Case("c728_33_r2", (1, 728, 33, 33), _rate(2)),
+    Case("c256_65_k5", (1, 256, 65, 65), square(2), kernel=(5, 5)),
+    Case("c728_33_r2", (1, 728, 33, 33), square(2)),
     Case("c128_129_s2", (1, 128, 129, 129), stride=(2, 2)),
 )
 
 AWKWARD = (
     Case("one_pixel", (1, 1, 1, 1)),
-    Case("one_row", (2, 5, 1, 9), _rate(2), bias=True),
-    Case("odd_channels", (2, 17, 7, 9), _rate(2), bias=True),
+    Case("one_row", (2, 5, 1, 9), square(2), bias=True),
+    Case("odd_channels", (2, 17, 7, 9), square(2), bias=True),
     Case("wide", (2, 75, 9, 10), bias=True),
     Case("wide_dilated", (2, 45, 11, 10), ((3, 2),)),
     Case("rate_beyond_map", (1, 8, 5, 6), ((7, 3),)),
@@ -99,6 +95,6 @@ AWKWARD = (
     Case("kernel_5_stride_2", (2, 33, 13, 11), kernel=(5, 5), stride=(2, 2), bias=True),
     Case("kernel_3x7", (1, 3, 9, 10), ((2, 1),), kernel=(3, 7)),
     Case("kernel_7", (1, 16, 8, 7), kernel=(7, 7)),
-    Case("stride_1x2", (1, 20, 6, 9), _rate(3), stride=(1, 2)),
+    Case("stride_1x2", (1, 20, 6, 9), square(3), stride=(1, 2)),
     Case("empty_batch", (0, 4, 5, 5), bias=True),
 )

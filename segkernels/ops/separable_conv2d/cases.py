@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from segkernels.ops.geometry import Pair
+from segkernels.fused import accumulation_dtype
+from segkernels.ops.geometry import Pair, square
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Case:
         16-bit rounding cannot move a value across the kink and flip a gradient.
         """
         generator = torch.Generator().manual_seed(seed)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = accumulation_dtype(dtype)
 
         def draw(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.randn(size, generator=generator).to(dtype).to(device)
@@ -85,27 +86,23 @@ def _branches(width: int, stage: int, dtype: torch.dtype) -> torch.Tensor:
     return (sign * (4, 20)[stage]).to(dtype)
 
 
-def _rate(*rates: int) -> tuple[Pair, ...]:
-    return tuple((r, r) for r in rates)
-
-
 _TRAIN = (1e-5, 1e-5)
 
 PAPER = (
     Case("c256_65_r1", (1, 256, 65, 65), 256),
-    Case("c256_65_r12", (1, 256, 65, 65), 256, _rate(12)),
-    Case("c256_65_r24", (1, 256, 65, 65), 256, _rate(24)),
-    Case("c256_65_r36", (1, 256, 65, 65), 256, _rate(36)),
-    Case("c256_65_r12_train", (1, 256, 65, 65), 256, _rate(12), eps=_TRAIN),
+    Case("c256_65_r12", (1, 256, 65, 65), 256, square(12)),
+    Case("c256_65_r24", (1, 256, 65, 65), 256, square(24)),
+    Case("c256_65_r36", (1, 256, 65, 65), 256, square(36)),
+    Case("c256_65_r12_train", (1, 256, 65, 65), 256, square(12), eps=_TRAIN),
     Case("c304_129_r1", (1, 304, 129, 129), 256),
-    Case("c2048_33_aspp", (1, 2048, 33, 33), 256, _rate(6, 12, 18)),
-    Case("c728_33_r2", (1, 728, 33, 33), 728, _rate(2)),
+    Case("c2048_33_aspp", (1, 2048, 33, 33), 256, square(6, 12, 18)),
+    Case("c728_33_r2", (1, 728, 33, 33), 728, square(2)),
     Case("c256_65_dpc", (1, 256, 65, 65), 256, ((18, 15),)),
 )
 
 AWKWARD = (
     Case("one_pixel", (1, 1, 1, 1), 1),
-    Case("odd_channels", (2, 17, 7, 9), 5, _rate(2)),
+    Case("odd_channels", (2, 17, 7, 9), 5, square(2)),
     Case("wide", (2, 75, 9, 10), 45),
     Case("wide_dilated_train", (2, 45, 11, 10), 70, ((3, 2),), eps=_TRAIN),
     Case("plain", (2, 6, 5, 7), 9, affine=(False, False), activation=(None, None)),
@@ -115,7 +112,7 @@ AWKWARD = (
     Case("kernel_5_stride_2", (2, 33, 13, 11), 20, kernel=(5, 5), stride=(2, 2)),
     Case("kernel_5_stride_2_train", (2, 33, 13, 11), 20, kernel=(5, 5), stride=(2, 2), eps=_TRAIN),
     Case(
-        "inner_norm_only", (2, 6, 9, 7), 10, _rate(2), eps=(1e-3, None), activation=("relu", None)
+        "inner_norm_only", (2, 6, 9, 7), 10, square(2), eps=(1e-3, None), activation=("relu", None)
     ),
     Case("outer_norm_only", (2, 7, 9, 7), 9, affine=(False, True), eps=(None, 1e-5)),
     Case("norm_without_affine", (3, 5, 6, 6), 7, affine=(False, False), eps=_TRAIN),
