@@ -95,6 +95,9 @@ AWKWARD = (
     Case("kernel_5_stride_2", (2, 33, 13, 11), kernel=(5, 5), stride=(2, 2), bias=True),
     Case("kernel_3x7", (1, 3, 9, 10), ((2, 1),), kernel=(3, 7)),
     Case("kernel_7", (1, 16, 8, 7), kernel=(7, 7)),
+    Case("tall_dilated", (1, 5, 41, 11), ((3, 2),), kernel=(5, 5)),
+    Case("wide_stride_2", (2, 3, 19, 70), stride=(2, 2)),
+    Case("dilated_stride_2", (1, 4, 21, 37), ((2, 3),), stride=(2, 2)),
     Case("stride_1x2", (1, 20, 6, 9), square(3), stride=(1, 2)),
     Case("empty_batch", (0, 4, 5, 5), bias=True),
 )
