@@ -120,6 +120,7 @@ class PlaneBackward {
         weights_(g_.R * g_.taps()),
         sums_(weights_.size() * L),
         dys_(g_.R) {
+    for (int64_t h = 0; h < axis_.s; ++h) taps_.push_back(reaching(h));
     for (int64_t rows : tiling_.kinds)
       for (int64_t c = 0; c < s_; ++c)
         columns_.emplace_back(g_.backward_columns(c), g_.R, ceil_div(g_.W() - c, s_), 1, 0, rows);
@@ -145,17 +146,28 @@ class PlaneBackward {
   }
 
  private:
+  // The row taps that reach the rows of one residue modulo the stride, n in a group.
+  struct ReachingTaps {
+    int64_t n = 1;
+    std::vector<RowGroup<A>> groups;
+    std::vector<std::pair<int64_t, int64_t>> sources;  // [group] rate, and c: row h reads (h + c) / s first
+  };
+
   // `count` rows d apart from row h on; their parts are joined in dX.
   void tile(size_t kind, int64_t h, int64_t count, T* dx) {
-    const int64_t W = g_.W(), d = tiling_.d, n = add_groups(h);
+    const int64_t W = g_.W(), d = tiling_.d;
+    ReachingTaps& taps = taps_[h % axis_.s];
+    find_sources(taps, h);
     for (int64_t part = 0; part < s_; ++part) {
       const Columns<A>& columns = columns_[kind * s_ + part];
-      for (size_t i = 0; i < groups_.size(); ++i) groups_[i].taps = &columns.taps[rates_[i]];
+      for (size_t i = 0; i < taps.groups.size(); ++i)
+        taps.groups[i].taps = &columns.taps[taps.sources[i].first];
       const A* x = wants_dw_ ? x_.data + part * x_.part + h * x_.row : nullptr;
       if (s_ == 1)
-        sum_part(columns, n, x, dx ? dx + h * W : nullptr, d * W, count);
+        sum_part(columns, taps, x, dx ? dx + h * W : nullptr, d * W, count);
       else
-        sum_part(columns, n, x, dx ? parts_.data() + part * kRows * part_size_ : nullptr, part_size_, count);
+        sum_part(columns, taps, x, dx ? parts_.data() + part * kRows * part_size_ : nullptr, part_size_,
+                 count);
     }
     for (int64_t j = 0; dx && s_ > 1 && j < count; ++j) {
       T* row = dx + (h + j * d) * W;
@@ -165,45 +177,49 @@ class PlaneBackward {
   }
 
   template <class To>
-  void sum_part(const Columns<A>& columns, int64_t n, const A* x, To* to, int64_t pitch, int64_t count) {
-    by_taps(n, [&](auto K) {
+  void sum_part(const Columns<A>& columns, const ReachingTaps& taps, const A* x, To* to, int64_t pitch,
+                int64_t count) {
+    by_taps(taps.n, [&](auto K) {
       if (wants_dw_)
-        backward_tile<K>(columns, groups_, x, tiling_.d * x_.row, to, pitch, count);
+        backward_tile<K>(columns, taps.groups, x, tiling_.d * x_.row, to, pitch, count);
       else
-        sum_rows<kRows, K>(columns, groups_, A(0), to, pitch, count);
+        sum_rows<kRows, K>(columns, taps.groups, A(0), to, pitch, count);
     });
   }
 
-  // The row taps that reach row h, and so all rows of its tile, as groups. Returns how many a group has.
-  int64_t add_groups(int64_t h) {
-    int64_t n = 1;
-    groups_.clear(), rates_.clear();
+  // Those of row h.
+  ReachingTaps reaching(int64_t h) {
+    ReachingTaps taps;
     for (int64_t rate = 0; rate < g_.R; ++rate) {
       const Axis& axis = g_.rows[rate];
       const int64_t step = axis.s / std::gcd(axis.s, axis.r);
       int64_t a = 0;
       while (a < axis.k && (h + axis.p - a * axis.r) % axis.s) ++a;
-      if (g_.R == 1) n = ceil_div(axis.k - a, step);
-      by_taps(n, [&](auto K) {
-        for (; a < axis.k; a += K * step) add_group(rate, a, step, K, h);
+      if (g_.R == 1) taps.n = ceil_div(axis.k - a, step);
+      by_taps(taps.n, [&](auto K) {
+        for (; a < axis.k; a += K * step) {  // K taps a, a + step, …; the last first: their sources ascend
+          const int64_t last = a + (K - 1) * step, weight = rate * g_.taps() + last * g_.kw();
+          taps.groups.push_back(
+              {{}, weights_.data() + weight, sums_.data() + weight * L, -step * g_.kw(), nullptr});
+          taps.sources.push_back({rate, axis.p - last * axis.r});
+        }
       });
     }
-    return n;
+    return taps;
   }
-  // K row taps a, a + step, …; the last first, so that their source rows ascend.
-  void add_group(int64_t rate, int64_t a, int64_t step, int64_t K, int64_t h) {
-    const Axis& axis = g_.rows[rate];
-    const int64_t last = a + (K - 1) * step, weight = rate * g_.taps() + last * g_.kw();
-    const int64_t first = (h + axis.p - last * axis.r) / axis.s, down = tiling_.d / axis.s;
-    RowGroup<A>& group = groups_.emplace_back();
-    for (int64_t m = 0; m < kRows + K - 1; ++m) {
-      const int64_t row = first + m * down;
-      group.source[m] = row >= 0 && row < axis.out ? dys_[rate].data + row * dys_[rate].row : nullptr;
+
+  // Where they read for the tile of rows at h.
+  void find_sources(ReachingTaps& taps, int64_t h) {
+    const int64_t down = tiling_.d / axis_.s, n = kRows + taps.n - 1;
+    for (size_t i = 0; i < taps.groups.size(); ++i) {
+      const auto [rate, c] = taps.sources[i];
+      const int64_t first = (h + c) / axis_.s;
+      for (int64_t m = 0; m < n; ++m) {
+        const int64_t row = first + m * down;
+        taps.groups[i].source[m] =
+            row >= 0 && row < axis_.out ? dys_[rate].data + row * dys_[rate].row : nullptr;
+      }
     }
-    group.w = weights_.data() + weight;
-    group.sums = sums_.data() + weight * L;
-    group.step = -step * g_.kw();
-    rates_.push_back(rate);
   }
 
   const BackwardPlan& f_;
@@ -215,9 +231,8 @@ class PlaneBackward {
   std::vector<A> x_memory_, dy_memory_, parts_, line_, weights_, sums_;
   bool wants_dw_ = false;
   Plane<A> x_{};
-  std::vector<Plane<A>> dys_;        // [rate]
-  std::vector<RowGroup<A>> groups_;  // of a tile
-  std::vector<int64_t> rates_;       // [group]
+  std::vector<Plane<A>> dys_;       // [rate]
+  std::vector<ReachingTaps> taps_;  // [row modulo the stride]
 };
 
 // Items [first, last) of (image, channel).
