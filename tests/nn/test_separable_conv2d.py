@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -110,6 +111,16 @@ def test_one_value_per_channel() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.randn(1, 6, 1, 1, dtype=torch.float64))
     layer.eval()(torch.randn(1, 6, 1, 1, dtype=torch.float64))
+
+
+def test_cumulative_average_without_a_count() -> None:
+    """As torch: the running statistics rest."""
+    layer = make(inner_norm=partial(nn.BatchNorm2d, momentum=None))
+    layer.inner_norm.num_batches_tracked = None
+    other = composed(layer)
+    before = layer.inner_norm.running_mean.clone()
+    agree(layer, other, image())
+    assert torch.equal(layer.inner_norm.running_mean, before)
 
 
 def test_empty_batch() -> None:
