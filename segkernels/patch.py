@@ -81,9 +81,6 @@ LAYERS = {
 # Containers inside those layers: they keep their forward, but a fused layer may open them.
 CONTAINERS = {
     "mmcv.cnn.bricks.conv_module.ConvModule": Layer("mmcv.ConvModule", ("conv", "order")),
-    f"{_SMP}.ASPPPooling": Layer("torchvision.ASPPPooling"),
-    "torchvision.models.segmentation.deeplabv3.ASPPPooling": Layer("torchvision.ASPPPooling"),
-    "network._deeplab.ASPPPooling": Layer("torchvision.ASPPPooling"),
 }
 
 

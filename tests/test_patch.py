@@ -258,7 +258,6 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
         "aspp_separable": True,
         "aspp_dropout": 0.5,
     },
-    "torchvision.ASPPPooling": {"in_channels": 4, "out_channels": 4},
     "torchvision.ASPP": {"in_channels": 4, "atrous_rates": (1, 2, 3)},
     "vainf.AtrousSeparableConvolution": {"in_channels": 4, "out_channels": 4, "kernel_size": 3},
     "vainf.ASPP": {"in_channels": 4, "atrous_rates": (1, 2, 3)},

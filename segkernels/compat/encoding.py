@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkernels.nn.aspp import pyramid
-from segkernels.nn.chain import run
 
 NormClass = Callable[[int], nn.Module]
 
@@ -43,11 +42,8 @@ class AsppPooling(nn.Module):
             nn.ReLU(True),
         )
 
-    def layers_in_order(self) -> list[nn.Module]:
-        return [self.gap]
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(run(x, [self.gap]), x.shape[-2:], **self._up_kwargs)
+        return F.interpolate(self.gap(x), x.shape[-2:], **self._up_kwargs)
 
 
 class ASPP_Module(nn.Module):

@@ -163,7 +163,7 @@ class DepthwiseSeparableASPPHead(ASPPHead):
 def _context(head: Any, inputs: Sequence[Tensor]) -> Tensor:
     """The pyramid and its bottleneck: [B, channels, H, W]."""
     x = _select(head, inputs)
-    branches = ([branch] for branch in head.aspp_modules)
+    branches = [[branch] for branch in head.aspp_modules]
     return head.bottleneck(
         pyramid(x, branches, [head.image_pool], pool_first=True, backend=head.backend)
     )

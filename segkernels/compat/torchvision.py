@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkernels.nn.aspp import pyramid
-from segkernels.nn.chain import run
 
 
 class ASPPConv(nn.Sequential):
@@ -29,10 +28,6 @@ class ASPPConv(nn.Sequential):
 
 
 class ASPPPooling(nn.Sequential):
-    """The image-level branch. By itself it returns a map; inside an ASPP its one pixel is spread
-    without a copy.
-    """
-
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
             nn.AdaptiveAvgPool2d(1),
@@ -41,11 +36,9 @@ class ASPPPooling(nn.Sequential):
             nn.ReLU(),
         )
 
-    def layers_in_order(self) -> list[nn.Module]:
-        return list(self)
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(run(x, self), x.shape[-2:], mode="bilinear", align_corners=False)
+        image: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return F.interpolate(image, x.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class ASPP(nn.Module):
@@ -95,7 +88,7 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *branches, pool = self.convs
         return self.project(
-            pyramid(x, ([branch] for branch in branches), [pool], backend=self.backend)
+            pyramid(x, [[branch] for branch in branches], [pool], backend=self.backend)
         )
 
     def extra_repr(self) -> str:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkernels.nn.aspp import pyramid
-from segkernels.nn.chain import run
 
 
 class _ConvBnReLU(nn.Sequential):
@@ -31,11 +30,8 @@ class _ImagePool(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.conv = _ConvBnReLU(in_ch, out_ch, 1, 0, 1)
 
-    def layers_in_order(self) -> list[nn.Module]:
-        return [self.pool, self.conv]
-
     def forward(self, x: Tensor) -> Tensor:
-        image = run(x, [self.pool, self.conv])
+        image = self.conv(self.pool(x))
         return F.interpolate(image, x.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -57,4 +53,4 @@ class _ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         *branches, pool = self.stages.children()
-        return pyramid(x, ([branch] for branch in branches), [pool], backend=self.backend)
+        return pyramid(x, [[branch] for branch in branches], [pool], backend=self.backend)
