@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,25 +10,27 @@ from torch import Tensor, nn
 from segkernels.nn.chain import run, side_by_side
 from segkernels.nn.pair import Stage
 from segkernels.nn.separable_conv2d import Activation, Norm, SeparableConv2d, Size, make_activation
+from segkernels.overrides import overridable
 
 
+@overridable
 def pyramid(
     x: Tensor,
-    branches: Iterable[Iterable[Stage | None]],
-    pool: Iterable[Stage | None] | None,
+    branches: Sequence[Sequence[Stage | None]],
+    pool: Sequence[Stage | None] | None,
     *,
     pool_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The branches of an ASPP over x: [B, C, H, W], concatenated: [B, ΣD, H, W].
 
-    The separable branches share one call. pool: the image-level branch, which must end at 1x1; it
-    is spread over the map (bilinear interpolation of one pixel is constant, whatever
+    The separable branches share one call. pool: the image-level branch, which must end at 1x1 or
+    at H x W; one pixel is spread over the map (its bilinear interpolation is constant, whatever
     ``align_corners`` says).
     """
     maps = side_by_side(x, branches, backend=backend)
     if pool is not None:
-        image = run(x, pool, backend=backend)  # [B, D, 1, 1]
+        image = run(x, pool, backend=backend)  # [B, D, 1, 1] or [B, D, H, W]
         spread = image.expand(-1, -1, *x.shape[-2:])
         maps = [spread, *maps] if pool_first else [*maps, spread]
     return torch.cat(maps, 1)
@@ -115,7 +117,7 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pool = None if self.pool is None else [self.pool]
         return self.project(
-            pyramid(x, ([branch] for branch in self.branches), pool, backend=self.backend)
+            pyramid(x, [[branch] for branch in self.branches], pool, backend=self.backend)
         )
 
     def extra_repr(self) -> str:

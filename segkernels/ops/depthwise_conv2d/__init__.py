@@ -40,10 +40,12 @@ from segkernels.ops.geometry import (
     unflatten,
     window,
 )
+from segkernels.overrides import overridable
 
 __all__ = ["depthwise_conv2d"]
 
 
+@overridable
 def depthwise_conv2d(
     x: Tensor,
     weight: Tensor,

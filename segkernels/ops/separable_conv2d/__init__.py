@@ -52,6 +52,7 @@ from segkernels.ops.geometry import (
     unflatten,
     window,
 )
+from segkernels.overrides import overridable
 
 __all__ = ["Moments", "separable_conv2d"]
 
@@ -67,6 +68,7 @@ class Moments(NamedTuple):
     outer_var: Tensor
 
 
+@overridable
 def separable_conv2d(
     x: Tensor,
     depthwise_weight: Tensor,
