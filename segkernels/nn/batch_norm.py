@@ -58,7 +58,9 @@ def track(norms: Norms, mean: Tensor, var: Tensor, shape: Sequence[int]) -> None
     """Moves the running statistics by the batch's moments (mean and biased var, [R·C]), as torch's
     own layer does in training.
 
-    shape: [B, ..., H', W'] of the normalised map, which has more than one value a channel.
+    shape: [B, ..., H', W'] of the normalised map, which has more than one value a channel. (Where
+    non-reentrant checkpointing stops its second run inside the operator, this is not reached again:
+    the statistics then move once, and not twice as torch's.)
     """
     count = shape[0] * shape[-2] * shape[-1]
     channels = mean.shape[0] // len(norms)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from segkernels.nn import DepthwiseConv2d, SeparableConv2d, pair
 from tests.nn.composition import agree, close, composed, plain, scramble
@@ -172,15 +171,6 @@ def test_low_precision_model(dtype: torch.dtype) -> None:
             assert a.dtype == b.dtype
             close(a, b, tolerance)
         layer.eval(), other.eval()
-
-
-def test_activation_checkpointing() -> None:
-    layer = make()
-    other = copy.deepcopy(layer)
-    a, b = image().requires_grad_(), image().requires_grad_()
-    checkpoint(layer, a, use_reentrant=False).sum().backward()
-    other(b).sum().backward()
-    close(a.grad, b.grad, 1e-15)
 
 
 @pytest.mark.compile
