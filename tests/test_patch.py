@@ -279,6 +279,18 @@ def test_every_entry_has_its_face(name: str) -> None:
     assert layer.limit(module) is None
 
 
+@pytest.mark.parametrize("model", [3, None, [nn.ReLU()], nn.ReLU], ids=str)
+def test_what_is_no_model(model: Any) -> None:
+    for function in (patch, unpatch):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: model must be .*Module\n"):
+            function(model)
+
+
+def test_a_backend_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"patch: no backend named 'cuda'\n.*native"):
+        patch(nn.ReLU(), backend="cuda")
+
+
 def test_a_difference_that_is_no_number_is_shown() -> None:
     right, wrong = torch.ones(2), torch.tensor([1.0, torch.nan])
     before = Run({"a": right, "b": right}, {}, {})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkernels.compat.mmcv import RELU, Config, ConvModule, DepthwiseSeparableConvModule
+from segkernels.nn.arguments import several
 from segkernels.nn.aspp import pyramid
 from segkernels.nn.chain import run
 
@@ -115,7 +116,7 @@ class ASPPHead(BaseDecodeHead):
 
     def __init__(self, dilations: Iterable[int] = (1, 6, 12, 18), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.dilations = tuple(dilations)
+        self.dilations = several("mmseg.ASPPHead", dilations=dilations)
         self.image_pool = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), self._conv(self.in_channels, self.channels, 1)
         )

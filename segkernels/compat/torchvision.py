@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkernels.nn.arguments import several
 from segkernels.nn.aspp import pyramid
 
 
@@ -58,7 +59,10 @@ class ASPP(nn.Module):
         self._build(
             in_channels,
             out_channels,
-            (ASPPConv(in_channels, out_channels, rate) for rate in atrous_rates),
+            (
+                ASPPConv(in_channels, out_channels, rate)
+                for rate in several("torchvision.ASPP", atrous_rates=atrous_rates)
+            ),
             0.5,
             backend,
         )

@@ -7,9 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from segkernels.nn.arguments import (
+    Activation,
+    check_positive,
+    make_activation,
+    make_norm,
+    several,
+)
 from segkernels.nn.chain import run, side_by_side
 from segkernels.nn.pair import Stage
-from segkernels.nn.separable_conv2d import Activation, Norm, SeparableConv2d, Size, make_activation
+from segkernels.nn.separable_conv2d import Norm, SeparableConv2d, Size
+from segkernels.ops.geometry import pair
 from segkernels.overrides import overridable
 
 
@@ -52,7 +60,14 @@ def conv_norm_activation(
         in_channels, out_channels, kernel_size, padding=padding, dilation=rate, bias=norm is None
     )
     return nn.Sequential(
-        *filter(None, (conv, norm and norm(out_channels), make_activation(activation)))
+        *filter(
+            None,
+            (
+                conv,
+                make_norm("norm", norm, out_channels),
+                make_activation("activation", activation),
+            ),
+        )
     )
 
 
@@ -86,6 +101,8 @@ class ASPP(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_positive("ASPP", in_channels=in_channels, out_channels=out_channels)
+        pairs = [pair("ASPP", "rates", rate, 1) for rate in several("ASPP", rates=rates)]
         self.backend = backend
 
         def full(channels: int, kernel_size: int, rate: Size = 1) -> nn.Sequential:
@@ -107,7 +124,7 @@ class ASPP(nn.Module):
                 backend=backend,
             )
 
-        self.branches = nn.ModuleList([full(in_channels, 1), *(atrous(rate) for rate in rates)])
+        self.branches = nn.ModuleList([full(in_channels, 1), *map(atrous, pairs)])
         self.pool = (
             nn.Sequential(nn.AdaptiveAvgPool2d(1), *full(in_channels, 1)) if image_pooling else None
         )

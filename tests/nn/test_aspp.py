@@ -179,6 +179,29 @@ def test_head_shapes(separable: bool, refinements: int) -> None:
     assert all(p.grad is not None for p in head.parameters())
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rates": 6}, ValueError, r"ASPP: rates must be a sequence.*\n.*6"),
+        ({"rates": "6"}, ValueError, "ASPP: rates must be a sequence"),
+        ({"rates": (6, 1.5)}, ValueError, r"ASPP: rates must be an int or a pair.*\n.*1\.5"),
+        ({"rates": (6, 0), "separable": False}, ValueError, "rates must be at least 1"),
+        ({"norm": nn.BatchNorm2d(4)}, TypeError, r"^norm must make a norm"),
+        ({"activation": nn.ReLU()}, TypeError, r"^activation must be one of"),
+        ({"out_channels": 0}, ValueError, "ASPP: out_channels must be a positive int"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ASPP(**{"in_channels": 6, "out_channels": 4, **options})
+
+
+def test_a_head_without_classes() -> None:
+    with pytest.raises(ValueError, match=r"DeepLabV3PlusHead: num_classes .*\n.*0"):
+        DeepLabV3PlusHead(6, 5, 0)
+
+
 @pytest.mark.compile
 def test_aspp_compiles_in_one_graph() -> None:
     torch.manual_seed(0)

@@ -217,17 +217,61 @@ def test_depthwise_equals_conv2d(kernel_size: Any, stride: int) -> None:
     assert set(layer.state_dict()) == {"weight", "bias"}
 
 
-@pytest.mark.parametrize(
-    ("make_layer", "message"),
-    [
-        (lambda: DepthwiseConv2d(4, 2), "odd sides"),
-        (lambda: DepthwiseConv2d(4, padding="full"), "padding is"),
-        (lambda: SeparableConv2d(4, 4, inner_activation="swish"), "activation is one of"),
-    ],
-)
-def test_bad_arguments(make_layer: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_layer()
+NORM = nn.BatchNorm2d(4)
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "even kernel": (lambda: DepthwiseConv2d(4, 2), ValueError, "odd sides"),
+    "kernel of one side": (lambda: DepthwiseConv2d(4, (3,)), ValueError, r"kernel_size .*\(3,\)"),
+    "kernel 3.0": (lambda: DepthwiseConv2d(4, 3.0), ValueError, r"kernel_size .*\n.*3\.0"),
+    "three rates": (lambda: DepthwiseConv2d(4, dilation=(6, 12, 18)), ValueError, "dilation must"),
+    "rate 0": (lambda: DepthwiseConv2d(4, dilation=0), ValueError, "dilation must be at least 1"),
+    "stride 0": (lambda: DepthwiseConv2d(4, stride=0), ValueError, "stride must be at least 1"),
+    "stride '2'": (lambda: DepthwiseConv2d(4, stride="2"), ValueError, r"stride must .*'2'"),
+    "padding -1": (lambda: DepthwiseConv2d(4, padding=-1), ValueError, "padding must be at least"),
+    "padding full": (lambda: DepthwiseConv2d(4, padding="full"), ValueError, "padding is"),
+    "no channels": (lambda: DepthwiseConv2d(0), ValueError, r"channels must be a positive int.*0"),
+    "channels '4'": (lambda: SeparableConv2d("4", 4), ValueError, r"in_channels must .*'4'"),
+    "no outputs": (lambda: SeparableConv2d(4, 0), ValueError, "out_channels must be a positive"),
+    "no such activation": (
+        lambda: SeparableConv2d(4, 4, inner_activation="swish"),
+        ValueError,
+        "inner_activation must be one of 'relu', 'relu6', None.*'swish'",
+    ),
+    "activation made": (
+        lambda: SeparableConv2d(4, 4, outer_activation=nn.ReLU()),
+        TypeError,
+        r"outer_activation must .*ReLU\(\)",
+    ),
+    "activation function": (
+        lambda: SeparableConv2d(4, 4, inner_activation=nn.functional.relu),
+        TypeError,
+        "inner_activation must .*function relu",
+    ),
+    "norm made": (
+        lambda: SeparableConv2d(4, 4, inner_norm=NORM),
+        TypeError,
+        r"inner_norm must make a norm.*BatchNorm2d\(4",
+    ),
+    "norm by name": (lambda: SeparableConv2d(4, 4, outer_norm="bn"), TypeError, "outer_norm must"),
+    "norm False": (lambda: SeparableConv2d(4, 4, inner_norm=False), TypeError, "inner_norm must"),
+    "norm of more": (
+        lambda: SeparableConv2d(4, 4, inner_norm=nn.GroupNorm),
+        TypeError,
+        "inner_norm must make a norm from the number of channels",
+    ),
+    "norm of none": (
+        lambda: SeparableConv2d(4, 4, inner_norm=lambda channels: None),
+        TypeError,
+        "inner_norm must",
+    ),
+    "an array": (lambda: SeparableConv2d(4, 4)(image().numpy()), ValueError, "x must be a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=f"(?s){message}"):
+        call()
 
 
 def test_what_cannot_be_fused_says_why() -> None:

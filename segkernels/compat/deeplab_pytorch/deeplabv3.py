@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkernels.nn.arguments import several
 from segkernels.nn.aspp import pyramid
 
 
@@ -47,7 +48,7 @@ class _ASPP(nn.Module):
         self.backend = backend
         self.stages = nn.Module()
         self.stages.add_module("c0", _ConvBnReLU(in_ch, out_ch, 1, 0, 1))
-        for i, rate in enumerate(rates, 1):
+        for i, rate in enumerate(several("deeplabv3._ASPP", rates=rates), 1):
             self.stages.add_module(f"c{i}", _ConvBnReLU(in_ch, out_ch, 3, rate, rate))
         self.stages.add_module("imagepool", _ImagePool(in_ch, out_ch))
 
