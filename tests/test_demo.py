@@ -122,7 +122,8 @@ def test_ctrl_c(tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    # a shell says 130 of both: Python ends itself by the signal where it came during an import
+    assert process.returncode in (130, -signal.SIGINT)
     assert "interrupted" in errors and "environment" in errors and "Traceback" not in errors
 
 

@@ -157,8 +157,8 @@ def _contents(layer: nn.Module) -> list[Stage | None] | None:
     """What a container holds, in the order of its forward; None for a module that is not a known
     container.
     """
-    order: Callable[[], list[Stage | None] | None] | None = getattr(layer, "layers_in_order", None)
-    if order is not None and _orders_its_forward(layer):
+    if _orders_its_forward(layer):
+        order: Callable[[], list[Stage | None]] = layer.layers_in_order  # type: ignore[assignment]
         return order()
     if isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward:
         return list(layer)
@@ -169,5 +169,7 @@ def _orders_its_forward(layer: nn.Module) -> bool:
     """Whether ``layers_in_order`` describes the forward; a subclass may have one of its own."""
     if "layers_in_order" in layer.__dict__:  # a patched layer
         return True
+    if not hasattr(type(layer), "layers_in_order"):  # of the module itself it is a slow question
+        return False
     owner = next(kind for kind in type(layer).__mro__ if "forward" in kind.__dict__)
     return "layers_in_order" in owner.__dict__
