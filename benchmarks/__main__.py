@@ -6,7 +6,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -94,17 +94,21 @@ def _parser() -> argparse.ArgumentParser:
         choices=["native", "triton", "reference"],
         help="repeatable; default: what can run",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
+    parser.add_argument(
+        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--threads", type=_positive(int), help="PyTorch's threads (default: its own choice)"
+    )
     parser.add_argument(
         "--no-compile",
         action="store_true",
         help="leave torch.compile out (it takes most of the time)",
     )
-    parser.add_argument("--budget", type=float, help="seconds of timing a row")
+    parser.add_argument("--budget", type=_positive(float), help="seconds of timing a row")
     parser.add_argument(
         "--limit",
-        type=float,
+        type=_positive(float),
         help="stop taking up rows after so many seconds; what matters most comes first",
     )
     parser.add_argument(
@@ -115,6 +119,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="only show the rows")
     return parser
+
+
+def _device(text: str) -> str:
+    """A device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):  # no such name, no such number; torch without CUDA
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise argparse.ArgumentTypeError(
+            f"no device {text!r} here, only {', '.join(here)}"
+        ) from None
+    return text
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"a positive {kind.__name__}, not {text!r}")
+        return value
+
+    return read
 
 
 def _compare_parser() -> argparse.ArgumentParser:

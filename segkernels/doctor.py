@@ -113,10 +113,12 @@ def _shapes(inputs: dict[str, Any]) -> str:
 def _map_size(text: str) -> tuple[int, ...]:
     """ "1,64,33,33" as a tuple."""
     try:
-        batch, channels, height, width = map(int, text.split(","))
+        sizes = tuple(map(int, text.split(",")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"four numbers B,C,H,W, not {text!r}") from None
-    return batch, channels, height, width
+        sizes = ()
+    if len(sizes) != 4 or min(sizes) < 0:
+        raise argparse.ArgumentTypeError(f"four sizes B,C,H,W, not {text!r}")
+    return sizes
 
 
 # ---- the environment -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -36,8 +37,12 @@ from segkernels import native
 
 BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SUPPORTED = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 OPERATORS: dict[str, Operator] = {}
+
+# All that the choice of a backend may depend on: package, device and type of the map, limit.
+_Kind = tuple[str, torch.device, torch.dtype, str | None]
 
 _EXPLAIN: Any = object()  # the backend of a call that only asks which backends could run it
 _WAY_OUT = "\n  PyTorch can differentiate the reference in every way: pass backend='reference'"
@@ -71,17 +76,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The layout of the maps that an operator returns for ``x``: PyTorch's own rule of strides."""
-    if x.dim() != 4:
-        return torch.contiguous_format
-    if x.stride(1) == 0:
+    if x.dim() != 4 or x.stride(1) == 0:
         return torch.contiguous_format
     expected = 0
     for d in (1, 3, 2, 0):
         if x.shape[d] == 0 or x.stride(d) < expected:
             return torch.contiguous_format
-        if d == 0 and expected == x.stride(
-            1
-        ):  # N111 and NC11 maps are both layouts at once: call them NCHW
+        if d == 0 and expected == x.stride(1):  # N111 and NC11 are both layouts: call them NCHW
             return torch.contiguous_format
         expected = x.stride(d)
         if x.shape[d] > 1:
@@ -108,17 +109,14 @@ class Operator:
         backward: str,
         shapes: Callable[..., Tensor | tuple[Tensor, ...]],
         wide: Iterable[str] = (),
-        unsaved: Callable[..., Iterable[str]] | None = None,
-        limits: Callable[..., str | None] | None = None,
+        unsaved: Callable[..., Iterable[str]] = lambda: (),
+        limits: Callable[..., str | None] = lambda: None,
         sizes: dict[str, Callable[..., Sequence[int]]] | None = None,
     ) -> None:
         self.package = package
         self.name = package.rsplit(".", 1)[-1]
         self._shapes = shapes
         self._wide = frozenset(wide)
-        self._unsaved = unsaved
-        self._limits = limits
-        self._sizes = sizes or {}
         self._reference = getattr(importlib.import_module(f"{package}.reference"), self.name)
         for backend, library in _LIBRARIES.items():
             library.define(self.name + forward)
@@ -131,6 +129,9 @@ class Operator:
         schema = self.raw("native", backward=True)._schema
         self._backward_arguments = [a.name for a in schema.arguments]
         self._gradients = [r.name for r in schema.returns]
+        self._unsaved = _of_named(self.arguments, unsaved)
+        self._limits = _of_named(self.arguments, limits)
+        self._sizes = {g: _of_named(self._backward_arguments, f) for g, f in (sizes or {}).items()}
         self._read_names()
 
     def _read_names(self) -> None:
@@ -165,7 +166,9 @@ class Operator:
         """A Triton function, imported at its first call: importing the package needs no Triton."""
 
         def body(*args: Any) -> Any:
-            return getattr(importlib.import_module(f"{self.package}.triton"), name)(*args)
+            function = getattr(importlib.import_module(f"{self.package}.triton"), name)
+            with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+                return function(*args)
 
         return body
 
@@ -187,19 +190,17 @@ class Operator:
 
     def reasons(self, *args: Any) -> dict[str, str | None]:
         """For raw arguments: backend -> None when it can run them, else the reason why not."""
-        return _reasons(*self._kind(args))
+        return _reasons(self._kind(args))
 
-    def _kind(self, args: tuple[Any, ...]) -> tuple[str, str, torch.dtype, str | None]:
-        """All that the choice of a backend may depend on."""
-        limit = self._limits(*args) if self._limits else None
-        return self.package, args[0].device.type, args[0].dtype, limit
+    def _kind(self, args: tuple[Any, ...]) -> _Kind:
+        return self.package, args[0].device, args[0].dtype, self._limits(*args)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run on raw arguments, which the door has checked; returns the schema's outputs."""
         args = self._cast(args)
         if backend is _EXPLAIN:
             raise _Explained(self.reasons(*args))
-        chosen = _choose(*self._kind(args), backend)
+        chosen = _choose(self._kind(args), backend)
         if chosen == "reference":
             return self._reference(*args)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
@@ -219,15 +220,16 @@ class Operator:
         elif not self._wide:
             return args
         wide = accumulation_dtype(dtype)
+        return tuple(
+            a.to(wide if n in self._wide else dtype) if isinstance(a, Tensor) else a
+            for n, a in zip(self.arguments, args, strict=True)
+        )
 
-        def cast(name: str, value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if name in self._wide:
-                return value.to(wide)
-            return value if value.dtype == dtype else value.to(dtype)
 
-        return tuple(cast(n, a) for n, a in zip(self.arguments, args, strict=True))
+def _of_named(names: list[str], function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which names the few raw arguments that it reads, as one of all of them."""
+    places = [names.index(name) for name in inspect.signature(function).parameters]
+    return lambda *args: function(*[args[place] for place in places])
 
 
 class _Fused(torch.autograd.Function):
@@ -238,7 +240,7 @@ class _Fused(torch.autograd.Function):
         op = OPERATORS[name]
         outputs = op.raw(backend)(*args)
         named = (*args, *(outputs if len(op.outputs) > 1 else (outputs,)))
-        unsaved = op._unsaved(*args) if op._unsaved else ()
+        unsaved = op._unsaved(*args)
         ctx.name, ctx.backend = name, backend
         ctx.constants = [None] * len(op._backward_arguments)  # the backward's arguments so far
         ctx.saved = []  # the places among them of the saved tensors
@@ -286,7 +288,7 @@ def check_tensors(
     ``tensors`` share one type.
 
     The ``wide`` ones may be None, or have any floating type (they are taken in the accumulation
-    type); autocast lifts the condition of one type where it casts, that is, but for float64.
+    type); autocast lifts the condition of one type where it casts: never from or to float64.
     """
     given = tensors | {n: t for n, t in (wide or {}).items() if t is not None}
     for name, t in given.items():
@@ -307,20 +309,27 @@ def check_tensors(
             f"\n  move them with .to({first}.device)"
         )
     if not all(t.dtype in DTYPES for t in given.values()):
-        supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise UnsupportedInputError(
-            f"{op}: only floating point tensors are supported ({supported}){listing}"
+            f"{op}: only floating point tensors are supported ({_SUPPORTED}){listing}"
         )
     for name, t in given.items():
         if t.layout != torch.strided:
             raise UnsupportedInputError(
                 f"{op}: only dense tensors are supported\n  {name}: {t.layout}\n  use .to_dense()"
             )
-    casts = _autocasts(x.device.type) and x.dtype != torch.float64
-    if len({t.dtype for t in tensors.values()}) > 1 and not casts:
+    types = {t.dtype for t in tensors.values()}
+    if len(types) > 1 and (torch.float64 in types or not _autocasts(x.device.type)):
         raise UnsupportedInputError(
             f"{op}: tensors of different types{listing}"
             f"\n  convert them with .to({first}.dtype), or use torch.autocast"
+        )
+
+
+def check_backend(op: str, backend: Any) -> None:
+    """Raise UnsupportedInputError for a name that no backend has; None is the automatic choice."""
+    if backend is not None and backend not in (*BACKENDS, "auto"):
+        raise UnsupportedInputError(
+            f"{op}: no backend named {backend!r}\n  backends: {', '.join(BACKENDS)}, auto"
         )
 
 
@@ -329,9 +338,9 @@ def declare(package: str, **declaration: Any) -> Operator:
     :class:`Operator`.
 
     forward, backward: schemas without the name. shapes: the shape function (fake kernel) of the
-    forward. wide: arguments in the accumulation type. unsaved: raw arguments -> names the backward
-    can do without. sizes: gradients of inputs that the backward does not see -> backward's
-    arguments -> size. limits: raw arguments -> reason why the fused kernels cannot, or None.
+    forward. wide: arguments in the accumulation type. unsaved: names the backward can do without.
+    sizes: sizes of the gradients of inputs that the backward does not see. limits: reason why the
+    fused kernels cannot, or None. The last three are functions of raw arguments, read by name.
     """
     op = Operator(package, **declaration)
     OPERATORS[op.name] = op
@@ -344,7 +353,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
 
     ``op`` is a public function such as ``segkernels.depthwise_conv2d``, or its name. Without
     further arguments the table is for a float32 map on the CPU, or on the GPU where there is one.
-    Nothing is computed.
+    Nothing is computed; a ``backend=`` among the arguments must exist and changes nothing.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", type(op).__name__)
     if name not in OPERATORS:
@@ -352,9 +361,10 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
             f"explain: no operator named {name!r}\n  operators: {', '.join(OPERATORS)}"
         )
     operator = OPERATORS[name]
+    check_backend(name, kwargs.pop("backend", None))
     if not args and not kwargs:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return _reasons(operator.package, device, torch.float32, None)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _reasons((operator.package, device, torch.float32, None))
     public = getattr(importlib.import_module(operator.package), name)
     try:
         public(*args, **kwargs, backend=_EXPLAIN)
@@ -367,46 +377,43 @@ class _Explained(Exception):
     """Carries the table from the operator to :func:`explain`, before anything is computed."""
 
 
-def _reasons(
-    package: str, device: str, dtype: torch.dtype, limit: str | None
-) -> dict[str, str | None]:
-    supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-    kind = None if dtype in DTYPES else f"{dtype} is not supported (supported: {supported})"
+def _reasons(kind: _Kind) -> dict[str, str | None]:
+    package, device, dtype, limit = kind
+    other = None if dtype in DTYPES else f"{dtype} is not supported (supported: {_SUPPORTED})"
     return {
-        "native": kind or limit or _why_not_native(package, device),
-        "triton": kind or limit or _why_not_triton(package, device),
+        "native": other or limit or _why_not_native(package, device),
+        "triton": other or limit or _why_not_triton(package, device),
         "reference": None,
     }
 
 
-def _why_not_native(package: str, device: str) -> str | None:
+def _why_not_native(package: str, device: torch.device) -> str | None:
     name = package.rsplit(".", 1)[-1]
     if reason := native.why_not(device):
         return reason
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"segkernels::{name}", device.upper()):
+    kind = device.type
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"segkernels::{name}", kind.upper()):
         return None
-    return f"the native library for {device} was built without {name}: python -m segkernels build"
+    return f"the native library for {kind} was built without {name}: python -m segkernels build"
 
 
-def _why_not_triton(package: str, device: str) -> str | None:
+def _why_not_triton(package: str, device: torch.device) -> str | None:
     if importlib.util.find_spec(f"{package}.triton") is None:
         return "this operator has no Triton kernels"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "on the CPU Triton is only interpreted: set TRITON_INTERPRET=1 before Python starts"
-    if device not in ("cpu", "cuda"):
-        return f"no Triton kernels for device {device!r}"
+    if device.type not in ("cpu", "cuda"):
+        return f"no Triton kernels for device {device.type!r}"
     return None
 
 
-def _choose(
-    package: str, device: str, dtype: torch.dtype, limit: str | None, requested: str | None
-) -> str:
+def _choose(kind: _Kind, requested: str | None) -> str:
     """The backend for one call; it depends on types and environment only, so graphs may fix it."""
     requested = str(requested or os.environ.get("SEGKERNELS_BACKEND") or "auto")
     strict = os.environ.get("SEGKERNELS_STRICT") == "1"
-    return _decide(package, device, dtype, limit, requested, strict)
+    return _decide(kind, requested, strict)
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo (and Triton).
@@ -414,19 +421,14 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache  # decided, and warned about, once
-def _decide(
-    package: str, device: str, dtype: torch.dtype, limit: str | None, requested: str, strict: bool
-) -> str:
-    name = package.rsplit(".", 1)[-1]
-    reasons = _reasons(package, device, dtype, limit)
+def _decide(kind: _Kind, requested: str, strict: bool) -> str:
+    name, device = kind[0].rsplit(".", 1)[-1], kind[1].type
+    reasons = _reasons(kind)
     if requested in reasons:
         if reasons[requested] is None:
             return requested
         raise BackendUnavailableError(_refusal(name, f"backend {requested!r} cannot run", reasons))
-    if requested != "auto":
-        raise UnsupportedInputError(
-            f"{name}: no backend named {requested!r}\n  backends: {', '.join(BACKENDS)}, auto"
-        )
+    check_backend(name, requested)
     # On the CPU Triton means its interpreter, thousands of times slower: only on request.
     order = [b for b in BACKENDS if not (b == "triton" and device == "cpu")]
     chosen = next(b for b in order if reasons[b] is None)

@@ -26,15 +26,16 @@ from segkernels.toolchain import covers
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
 
-def why_not(device_type: str) -> str | None:
-    """None where the native kernels for this device type ("cpu", "cuda") run; else the reason.
+def why_not(device: str | torch.device) -> str | None:
+    """None where the native kernels for this device ("cpu", "cuda:1", ...) run; else the reason.
 
-    The first call loads the library; the answer is then kept. For "cuda" it is about the current
-    device.
+    The first call loads the library; the answer is then kept. "cuda" is the current device.
     """
-    reason = _load(device_type)
-    if reason is None and device_type == "cuda":
-        reason = _why_not_device(torch.cuda.current_device())
+    device = torch.device(device)
+    reason = _load(device.type)
+    if reason is None and device.type == "cuda":
+        current = device.index is None
+        reason = _why_not_device(torch.cuda.current_device() if current else device.index)
     return reason
 
 

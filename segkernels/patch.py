@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segkernels.fused import check_backend
+
 MARK = "_segkernels_patch"
 
 
@@ -81,9 +83,6 @@ LAYERS = {
 # Containers inside those layers: they keep their forward, but a fused layer may open them.
 CONTAINERS = {
     "mmcv.cnn.bricks.conv_module.ConvModule": Layer("mmcv.ConvModule", ("conv", "order")),
-    f"{_SMP}.ASPPPooling": Layer("torchvision.ASPPPooling"),
-    "torchvision.models.segmentation.deeplabv3.ASPPPooling": Layer("torchvision.ASPPPooling"),
-    "network._deeplab.ASPPPooling": Layer("torchvision.ASPPPooling"),
 }
 
 
@@ -135,6 +134,8 @@ def patch(
 
     Applying it again changes nothing. Returns the :class:`Report`.
     """
+    _check_model("patch", model)
+    check_backend("patch", backend)
     report = Report()
     found: list[tuple[nn.Module, Layer]] = []
     for name, module, published, layer in _known(model, LAYERS):
@@ -162,12 +163,18 @@ def patch(
 
 def unpatch(model: nn.Module) -> int:
     """Undoes :func:`patch`; returns the number of layers restored."""
+    _check_model("unpatch", model)
     patched = [module for module in model.modules() if MARK in module.__dict__]
     for module in patched:
         for name in module.__dict__[MARK]:
             del module.__dict__[name]
         del module.__dict__[MARK]
     return len(patched)
+
+
+def _check_model(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module\n  model: {model!r}")
 
 
 def _known(

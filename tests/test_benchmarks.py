@@ -340,6 +340,24 @@ def test_the_command_measures_writes_and_tells(monkeypatch, tmp_path, capsys):
     assert command.main(["--case", "nothing", "--device", "cpu"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "foo"], "no device 'foo' here, only cpu"),
+        (["--device", "cuda:99"], "no device 'cuda:99' here, only cpu"),
+        (["--threads", "0"], "--threads: a positive int, not '0'"),
+        (["--threads", "two"], "--threads: a positive int, not 'two'"),
+        (["--budget", "-1"], "--budget: a positive float, not '-1'"),
+        (["--limit", "nan"], "--limit: a positive float, not 'nan'"),
+    ],
+)
+def test_bad_options(arguments, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        command.main([*arguments, "--list"])
+    assert left.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path):
     def interrupted(work, modes, settings):
         yield from measure(work, modes[:1], QUICK)

@@ -174,7 +174,8 @@ class TestExplain:
 
     @pytest.mark.parametrize(
         "arguments",
-        [["no_such_operator"], ["depthwise_conv2d", "--case", "no_such_case"],
+        [["depthwise_conv2d", "--shape=-1,4,8,8"],
+         ["no_such_operator"], ["depthwise_conv2d", "--case", "no_such_case"],
          ["depthwise_conv2d", "--shape", "1,two"], ["depthwise_conv2d", "--shape", "1,64"],
          ["depthwise_conv2d", "--kernel", "4"], ["depthwise_conv2d", "--stride", "0"]],
     )  # fmt: skip

@@ -117,12 +117,22 @@ def test_bad_input_is_named(name: str) -> None:
         function(**changed)
 
 
-def test_autocast_leaves_float64_alone() -> None:
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(segkernels.UnsupportedInputError, match="different types"),
-    ):
-        depthwise(x=X.double())
+@pytest.mark.parametrize("double", ["x", "weight", "both"])
+def test_autocast_leaves_float64_alone(double: str) -> None:
+    """As torch's own convolution: float64 is neither cast nor mixed with what is."""
+    with torch.autocast("cpu", torch.bfloat16):
+        if double == "both":
+            assert depthwise(x=X.double(), weight=W.double()).dtype == torch.float64
+            return
+        changed = {double: {"x": X, "weight": W}[double].double()}
+        with pytest.raises(RuntimeError):
+            torch.conv2d(**({"input": X, "weight": W} | _torchs(changed)), groups=4)
+        with pytest.raises(segkernels.UnsupportedInputError, match="different types"):
+            depthwise(**changed)
+
+
+def _torchs(changed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"input" if name == "x" else name: value for name, value in changed.items()}
 
 
 @pytest.mark.parametrize("function", [depthwise, separable])
@@ -130,6 +140,17 @@ def test_an_empty_batch_works(function: Any) -> None:
     x = X[:0].requires_grad_()
     function(x=x).sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("stage", ["inner_eps", "outer_eps"])
+@pytest.mark.parametrize("backend", fused.BACKENDS)
+@pytest.mark.parametrize("x", [X[:0], X[:1, :, :1, :1]], ids=["no value", "one value"])
+def test_moments_of_fewer_than_two_values_are_refused(
+    x: torch.Tensor, backend: str, stage: str
+) -> None:
+    """On every backend alike, before anything is computed (or a backend looked for)."""
+    with pytest.raises(segkernels.UnsupportedInputError, match="more than 1 value per channel"):
+        separable(x=x, backend=backend, **{stage: 1e-5})
 
 
 def test_meta_tensors_have_shapes() -> None:
@@ -187,6 +208,10 @@ def test_explain_tells_without_computing() -> None:
     assert table["reference"] is None
     assert "larger than 7x7" in str(table["native"])
     assert segkernels.explain("separable_conv2d").keys() == table.keys()
+    assert segkernels.explain("depthwise_conv2d", backend="native").keys() == table.keys()
+    for arguments in ((X, W), ()):
+        with pytest.raises(segkernels.UnsupportedInputError, match=r"'foo'\n.*native, triton"):
+            segkernels.explain(segkernels.depthwise_conv2d, *arguments, backend="foo")
     for other, name in (("gcu", "gcu"), (torch.nn.ReLU(), "ReLU"), (3, "int")):
         with pytest.raises(segkernels.UnsupportedInputError, match=f"no operator named '{name}'"):
             segkernels.explain(other)  # type: ignore[arg-type]

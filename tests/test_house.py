@@ -27,7 +27,7 @@ FLOORS = [
     ["ops"],
     ["tolerance"],
     ["fused"],
-    ["native"],
+    ["native", "overrides"],
     ["build_plan"],
     ["toolchain"],
     ["_version"],

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from segkernels import native
+from segkernels import fused, native
 from segkernels.build_plan import MARK, Tree
 from segkernels.toolchain import find_compiler
 
@@ -112,6 +116,41 @@ def test_a_gpu_it_is_not_compiled_for(package, cuda, monkeypatch) -> None:
         "_native_cuda.so is built for 8.0 9.0a, not for NVIDIA A100 (compute capability 12.0); "
         "to build it: SEGKERNELS_CUDA_ARCHS=12.0 python -m segkernels build"
     )
+
+
+def test_every_gpu_is_asked_for_itself(package, cuda, monkeypatch) -> None:
+    """Of two GPUs the second is too new; which of them is the current one does not matter."""
+    library(package, "cuda")
+    monkeypatch.setattr(torch.ops, "load_library", lambda _: None)
+    capability = {0: (8, 0), 1: (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.__getitem__)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    for current in capability:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        first, second = (native.why_not(torch.device("cuda", index)) for index in capability)
+        assert first is None and "compute capability 12.0" in str(second)
+        assert native.why_not("cuda") == (first, second)[current]
+        package_name = fused.OPERATORS["depthwise_conv2d"].package
+        kinds = [(package_name, torch.device("cuda", i), torch.float32, None) for i in capability]
+        assert [fused._reasons(kind)["native"] for kind in kinds] == [first, second]
+
+
+def test_triton_launches_on_the_gpu_of_the_map(monkeypatch) -> None:
+    """Triton takes the current device; the operator makes it that of its first tensor."""
+    at: list[object] = []
+
+    @contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        at.append(x)
+        yield
+        at.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    operator = fused.OPERATORS["depthwise_conv2d"]
+    kernels = SimpleNamespace(depthwise_conv2d=lambda x, *_: at[-1] is x)
+    monkeypatch.setitem(sys.modules, f"{operator.package}.triton", kernels)
+    assert operator._lazy(operator.name)(torch.empty(1)) is True
+    assert not at
 
 
 def test_a_library_older_than_its_sources_warns_once(package, monkeypatch) -> None:

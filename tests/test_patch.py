@@ -258,7 +258,6 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
         "aspp_separable": True,
         "aspp_dropout": 0.5,
     },
-    "torchvision.ASPPPooling": {"in_channels": 4, "out_channels": 4},
     "torchvision.ASPP": {"in_channels": 4, "atrous_rates": (1, 2, 3)},
     "vainf.AtrousSeparableConvolution": {"in_channels": 4, "out_channels": 4, "kernel_size": 3},
     "vainf.ASPP": {"in_channels": 4, "atrous_rates": (1, 2, 3)},
@@ -278,6 +277,18 @@ def test_every_entry_has_its_face(name: str) -> None:
         module = face(**CONSTRUCTORS[layer.face])
     assert all(hasattr(module, child) for child in layer.children)
     assert layer.limit(module) is None
+
+
+@pytest.mark.parametrize("model", [3, None, [nn.ReLU()], nn.ReLU], ids=str)
+def test_what_is_no_model(model: Any) -> None:
+    for function in (patch, unpatch):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: model must be .*Module\n"):
+            function(model)
+
+
+def test_a_backend_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"patch: no backend named 'cuda'\n.*native"):
+        patch(nn.ReLU(), backend="cuda")
 
 
 def test_a_difference_that_is_no_number_is_shown() -> None:

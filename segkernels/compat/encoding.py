@@ -5,16 +5,14 @@ Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkernels.nn.arguments import NormClass, norm_maker, several
 from segkernels.nn.aspp import pyramid
-from segkernels.nn.chain import run
-
-NormClass = Callable[[int], nn.Module]
 
 
 def ASPPConv(
@@ -43,11 +41,8 @@ class AsppPooling(nn.Module):
             nn.ReLU(True),
         )
 
-    def layers_in_order(self) -> list[nn.Module]:
-        return [self.gap]
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(run(x, [self.gap]), x.shape[-2:], **self._up_kwargs)
+        return F.interpolate(self.gap(x), x.shape[-2:], **self._up_kwargs)
 
 
 class ASPP_Module(nn.Module):
@@ -67,7 +62,8 @@ class ASPP_Module(nn.Module):
         super().__init__()
         self.backend = backend
         width = in_channels // 8
-        rate1, rate2, rate3 = atrous_rates
+        rate1, rate2, rate3 = several("encoding.ASPP_Module", 3, atrous_rates=atrous_rates)
+        norm_layer = norm_maker("norm_layer", norm_layer)
         self.b0 = nn.Sequential(
             nn.Conv2d(in_channels, width, 1, bias=False), norm_layer(width), nn.ReLU(True)
         )
@@ -105,6 +101,7 @@ class DeepLabV3Head(nn.Module):
     ) -> None:
         super().__init__()
         width = in_channels // 8
+        norm_layer = norm_maker("norm_layer", norm_layer)
         self.aspp = ASPP_Module(in_channels, atrous_rates, norm_layer, up_kwargs, backend=backend)
         self.block = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False),

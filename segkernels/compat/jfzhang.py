@@ -8,18 +8,16 @@ Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkernels.nn.arguments import NormClass, norm_maker
 from segkernels.nn.aspp import pyramid
 from segkernels.nn.chain import run
 from segkernels.nn.pair import Pad, Stage
-
-BatchNormClass = Callable[[int], nn.Module]
 
 
 class SeparableConv2d(nn.Module):
@@ -37,12 +35,13 @@ class SeparableConv2d(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         bias: bool = False,
-        BatchNorm: BatchNormClass = nn.BatchNorm2d,
+        BatchNorm: NormClass = nn.BatchNorm2d,
         *,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.backend = backend
+        BatchNorm = norm_maker("BatchNorm", BatchNorm)
         self.conv1 = nn.Conv2d(
             inplanes, inplanes, kernel_size, stride, 0, dilation, groups=inplanes, bias=bias
         )
@@ -62,7 +61,7 @@ class SeparableConv2d(nn.Module):
 
 class _ASPPModule(nn.Module):
     def __init__(
-        self, inplanes: int, planes: int, kernel_size: int, dilation: int, BatchNorm: BatchNormClass
+        self, inplanes: int, planes: int, kernel_size: int, dilation: int, BatchNorm: NormClass
     ) -> None:
         super().__init__()
         padding = dilation * (kernel_size // 2)
@@ -86,7 +85,7 @@ class ASPP(nn.Module):
         self,
         backbone: str,
         output_stride: int,
-        BatchNorm: BatchNormClass,
+        BatchNorm: NormClass,
         *,
         backend: str | None = None,
     ) -> None:
@@ -96,6 +95,7 @@ class ASPP(nn.Module):
                 f"jfzhang.ASPP: output_stride is 8 or 16\n  output_stride: {output_stride}"
             )
         self.backend = backend
+        BatchNorm = norm_maker("BatchNorm", BatchNorm)
         channels = {"drn": 512, "mobilenet": 320}.get(backbone, 2048)
         for i, rate in enumerate(self.RATES[output_stride], 1):
             self.add_module(
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         self,
         num_classes: int,
         backbone: str,
-        BatchNorm: BatchNormClass,
+        BatchNorm: NormClass,
         *,
         backend: str | None = None,
     ) -> None:
@@ -145,6 +145,7 @@ class Decoder(nn.Module):
                 f"\n  backbone: {backbone!r}"
             )
         self.backend = backend
+        BatchNorm = norm_maker("BatchNorm", BatchNorm)
         self.conv1 = nn.Conv2d(self.LOW_LEVEL_CHANNELS[backbone], 48, 1, bias=False)
         self.bn1 = BatchNorm(48)
         self.relu = nn.ReLU()

@@ -64,6 +64,12 @@ class ConvModule(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        for name, config in (("conv_cfg", conv_cfg), ("norm_cfg", norm_cfg), ("act_cfg", act_cfg)):
+            if config is not None and not (isinstance(config, Mapping) and "type" in config):
+                raise TypeError(
+                    f"ConvModule: {name} must be a dict with a 'type', or None"
+                    f"\n  {name}: {config!r}"
+                )
         if conv_cfg is not None and conv_cfg.get("type") not in ("Conv", "Conv2d"):
             raise ValueError(f"ConvModule: only plain 2-d convolutions\n  conv_cfg: {conv_cfg}")
         if sorted(order) != ["act", "conv", "norm"]:
@@ -76,6 +82,11 @@ class ConvModule(nn.Module):
         self.with_activation = act_cfg is not None
         self.with_explicit_padding = padding_mode not in ("zeros", "circular")
         if self.with_explicit_padding:
+            if padding_mode not in PADDINGS:
+                raise ValueError(
+                    f"ConvModule: padding_mode is zeros, circular, {', '.join(PADDINGS)}"
+                    f"\n  padding_mode: {padding_mode!r}"
+                )
             self.padding_layer = PADDINGS[padding_mode](_four(padding))
             padding, padding_mode = 0, "zeros"
         self.conv = nn.Conv2d(
@@ -158,7 +169,7 @@ class DepthwiseSeparableConvModule(nn.Module):
         self.backend = backend
 
         def chosen(config: Config | str | None, default: Config | None) -> Config | None:
-            return default if isinstance(config, str) else config
+            return default if config == "default" else config  # type: ignore[return-value]
 
         self.depthwise_conv = ConvModule(
             in_channels,
@@ -199,6 +210,8 @@ def build_norm(config: Config, channels: int) -> tuple[str, nn.Module]:
     kind, trainable = options.pop("type"), options.pop("requires_grad", True)
     if kind not in NORMS:
         raise ValueError(f"norm_cfg: type is one of {sorted(NORMS)}\n  norm_cfg: {dict(config)}")
+    if kind == "GN" and "num_groups" not in options:
+        raise ValueError(f"norm_cfg: GN needs num_groups\n  norm_cfg: {dict(config)}")
     width = (
         {"num_groups": options.pop("num_groups"), "num_channels": channels}
         if kind == "GN"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkernels.compat.mmcv import RELU, Config, ConvModule, DepthwiseSeparableConvModule
+from segkernels.nn.arguments import several
 from segkernels.nn.aspp import pyramid
 from segkernels.nn.chain import run
 
@@ -115,7 +116,7 @@ class ASPPHead(BaseDecodeHead):
 
     def __init__(self, dilations: Iterable[int] = (1, 6, 12, 18), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.dilations = tuple(dilations)
+        self.dilations = several("mmseg.ASPPHead", dilations=dilations)
         self.image_pool = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), self._conv(self.in_channels, self.channels, 1)
         )
@@ -163,7 +164,7 @@ class DepthwiseSeparableASPPHead(ASPPHead):
 def _context(head: Any, inputs: Sequence[Tensor]) -> Tensor:
     """The pyramid and its bottleneck: [B, channels, H, W]."""
     x = _select(head, inputs)
-    branches = ([branch] for branch in head.aspp_modules)
+    branches = [[branch] for branch in head.aspp_modules]
     return head.bottleneck(
         pyramid(x, branches, [head.image_pool], pool_first=True, backend=head.backend)
     )

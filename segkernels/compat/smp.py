@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from segkernels.compat import torchvision
 from segkernels.compat.torchvision import ASPPConv
+from segkernels.nn.arguments import several
 from segkernels.nn.chain import run
 
 
@@ -101,9 +102,7 @@ class ASPP(torchvision.ASPP):
         backend: str | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        rates = tuple(atrous_rates)
-        if len(rates) != 3:
-            raise ValueError(f"smp.ASPP takes three atrous rates\n  atrous_rates: {rates}")
+        rates = several("smp.ASPP", 3, atrous_rates=atrous_rates)
 
         def atrous(rate: int) -> nn.Module:
             if separable:

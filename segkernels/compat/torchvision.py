@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkernels.nn.arguments import several
 from segkernels.nn.aspp import pyramid
-from segkernels.nn.chain import run
 
 
 class ASPPConv(nn.Sequential):
@@ -29,10 +29,6 @@ class ASPPConv(nn.Sequential):
 
 
 class ASPPPooling(nn.Sequential):
-    """The image-level branch. By itself it returns a map; inside an ASPP its one pixel is spread
-    without a copy.
-    """
-
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
             nn.AdaptiveAvgPool2d(1),
@@ -41,11 +37,9 @@ class ASPPPooling(nn.Sequential):
             nn.ReLU(),
         )
 
-    def layers_in_order(self) -> list[nn.Module]:
-        return list(self)
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(run(x, self), x.shape[-2:], mode="bilinear", align_corners=False)
+        image: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return F.interpolate(image, x.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class ASPP(nn.Module):
@@ -65,7 +59,10 @@ class ASPP(nn.Module):
         self._build(
             in_channels,
             out_channels,
-            (ASPPConv(in_channels, out_channels, rate) for rate in atrous_rates),
+            (
+                ASPPConv(in_channels, out_channels, rate)
+                for rate in several("torchvision.ASPP", atrous_rates=atrous_rates)
+            ),
             0.5,
             backend,
         )
@@ -95,7 +92,7 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *branches, pool = self.convs
         return self.project(
-            pyramid(x, ([branch] for branch in branches), [pool], backend=self.backend)
+            pyramid(x, [[branch] for branch in branches], [pool], backend=self.backend)
         )
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from segkernels.compat import torchvision
 from segkernels.compat.torchvision import ASPPConv
+from segkernels.nn.arguments import several
 from segkernels.nn.chain import run
 
 Size = int | tuple[int, int]
@@ -65,11 +66,11 @@ class ASPP(torchvision.ASPP):
         self, in_channels: int, atrous_rates: Sequence[int], *, backend: str | None = None
     ) -> None:
         nn.Module.__init__(self)
-        rate1, rate2, rate3 = atrous_rates
+        rates = several("vainf.ASPP", 3, atrous_rates=atrous_rates)
         self._build(
             in_channels,
             256,
-            (ASPPConv(in_channels, 256, r) for r in (rate1, rate2, rate3)),
+            (ASPPConv(in_channels, 256, rate) for rate in rates),
             0.1,
             backend,
         )

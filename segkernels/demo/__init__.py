@@ -30,6 +30,7 @@ from segkernels.progress import Progress
 from segkernels.train import Recipe, evaluate, predict, train
 
 SIZE = 64  # pixels of a training scene
+SEEDS = 2**62  # twice a seed is one too: of the scenes held out
 PICTURE = (96, 128)  # pixels of the scenes in the picture
 
 
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except (fused.SegkernelsError, _UsageError) as error:
+    except (fused.SegkernelsError, _UsageError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -89,8 +90,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the report")
     options = parser.parse_args(arguments)
-    if options.seed < 0:
-        parser.error("--seed must not be negative")
+    if not 0 <= options.seed < SEEDS:
+        parser.error(f"--seed must be at least 0 and below {SEEDS}, not {options.seed}")
     return options
 
 

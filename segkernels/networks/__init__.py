@@ -10,13 +10,13 @@ from segkernels.networks.segmenter import Segmenter as Segmenter
 NETWORKS = {"deeplabv3plus": deeplabv3plus}
 
 
-def build(name: str, *, num_classes: int, **options: Any) -> Segmenter:
+def build(name: str, num_classes: int, **options: Any) -> Segmenter:
     """A network by name: ``build("deeplabv3plus", num_classes=21, backbone="resnet50")``.
 
     The options are those of the function of that name; unknown ones raise TypeError, an unknown
     name ValueError.
     """
-    if name not in NETWORKS:
+    if name not in list(NETWORKS):  # which takes a name of any kind
         raise ValueError(
             f"no such network\n  name: {name!r}\n  known: {', '.join(sorted(NETWORKS))}"
         )

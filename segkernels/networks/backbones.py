@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkernels.networks.resnet import RESNETS, NormClass, ResNet
+from segkernels.networks.resnet import RESNETS, ResNet
 from segkernels.networks.xception import Xception65
+from segkernels.nn.arguments import NormClass
 
 NAMES = [*RESNETS, "xception65"]
 
@@ -30,10 +31,11 @@ def build_backbone(
     if name not in NAMES:
         raise ValueError(f"no such backbone\n  backbone: {name!r}\n  known: {', '.join(NAMES)}")
     if output_stride not in (8, 16, 32):
-        raise ValueError(f"output_stride is 8, 16 or 32\n  output_stride: {output_stride}")
+        raise ValueError(f"output_stride is 8, 16 or 32\n  output_stride: {output_stride!r}")
     options: dict[str, Any] = {"in_channels": in_channels, "multigrid": multigrid, "norm": norm}
     if name in RESNETS:
-        backbone: ResNet | Xception65 = ResNet(name, output_stride, width=width or 64, **options)
+        options["width"] = 64 if width is None else width
+        backbone: ResNet | Xception65 = ResNet(name, output_stride, **options)
     elif width is not None:
         raise ValueError(f"only ResNets have a width\n  backbone: {name!r}\n  width: {width}")
     else:
@@ -50,6 +52,10 @@ def load_weights(backbone: nn.Module, path: str | Path) -> None:
     ("fc.", "classifier.", "aux_classifier.") is left out. Anything else that is missing, unknown or
     of another size raises RuntimeError, as ``load_state_dict`` does.
     """
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        raise FileNotFoundError(
+            f"weights must be the path of a local file (.pth or .safetensors)\n  weights: {path!r}"
+        )
     state = _read(Path(path))
     for wrapper in ("state_dict", "model"):
         inner = state.get(wrapper)

@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from segkernels.networks.backbones import build_backbone
-from segkernels.networks.resnet import NormClass
 from segkernels.networks.segmenter import Segmenter
 from segkernels.nn import DeepLabV3PlusHead
+from segkernels.nn.arguments import NormClass
 
 
 def deeplabv3plus(

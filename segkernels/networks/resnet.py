@@ -7,13 +7,12 @@ multi-grid).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from segkernels.networks.segmenter import Features
-
-NormClass = Callable[[int], nn.Module]
+from segkernels.nn.arguments import NormClass, check_positive, norm_maker, several
 
 
 class BasicBlock(nn.Module):
@@ -96,11 +95,10 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         block, depths = RESNETS[name]
-        if multigrid is not None and len(multigrid) != depths[3]:
-            raise ValueError(
-                f"{name}: multigrid has one unit rate for each of {depths[3]} blocks"
-                f"\n  multigrid: {tuple(multigrid)}"
-            )
+        if multigrid is not None:  # one unit rate for each block
+            multigrid = several(name, depths[3], multigrid=multigrid)
+        check_positive(name, in_channels=in_channels, width=width)
+        norm = norm_maker("norm", norm)
         self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)

@@ -6,14 +6,13 @@ figure 4; Chollet, "Xception", CVPR 2017.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from segkernels.networks.segmenter import Features
 from segkernels.nn import SeparableConv2d
-
-NormClass = Callable[[int], nn.Module]
+from segkernels.nn.arguments import NormClass, check_positive, norm_maker, several
 
 
 def batch_norm(channels: int) -> nn.Module:
@@ -94,10 +93,9 @@ class Xception65(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        norm = batch_norm if norm is nn.BatchNorm2d else norm
-        grid = (1, 1, 1) if multigrid is None else tuple(multigrid)
-        if len(grid) != 3:
-            raise ValueError(f"xception65: multigrid has three unit rates\n  multigrid: {grid}")
+        norm = norm_maker("norm", batch_norm if norm is nn.BatchNorm2d else norm)
+        grid = several("xception65", 3, multigrid=(1, 1, 1) if multigrid is None else multigrid)
+        check_positive("xception65", in_channels=in_channels)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, 32, 3, 2, 1, bias=False),
             norm(32),

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from segkernels.nn.arguments import (
+    Activation,
+    check_positive,
+    make_activation,
+    make_norm,
+    several,
+)
 from segkernels.nn.chain import run, side_by_side
 from segkernels.nn.pair import Stage
-from segkernels.nn.separable_conv2d import Activation, Norm, SeparableConv2d, Size, make_activation
+from segkernels.nn.separable_conv2d import Norm, SeparableConv2d, Size
+from segkernels.ops.geometry import pair
+from segkernels.overrides import overridable
 
 
+@overridable
 def pyramid(
     x: Tensor,
-    branches: Iterable[Iterable[Stage | None]],
-    pool: Iterable[Stage | None] | None,
+    branches: Sequence[Sequence[Stage | None]],
+    pool: Sequence[Stage | None] | None,
     *,
     pool_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The branches of an ASPP over x: [B, C, H, W], concatenated: [B, ΣD, H, W].
 
-    The separable branches share one call. pool: the image-level branch, which must end at 1x1; it
-    is spread over the map (bilinear interpolation of one pixel is constant, whatever
+    The separable branches share one call. pool: the image-level branch, which must end at 1x1 or
+    at H x W; one pixel is spread over the map (its bilinear interpolation is constant, whatever
     ``align_corners`` says).
     """
     maps = side_by_side(x, branches, backend=backend)
     if pool is not None:
-        image = run(x, pool, backend=backend)  # [B, D, 1, 1]
+        image = run(x, pool, backend=backend)  # [B, D, 1, 1] or [B, D, H, W]
         spread = image.expand(-1, -1, *x.shape[-2:])
         maps = [spread, *maps] if pool_first else [*maps, spread]
     return torch.cat(maps, 1)
@@ -50,7 +60,14 @@ def conv_norm_activation(
         in_channels, out_channels, kernel_size, padding=padding, dilation=rate, bias=norm is None
     )
     return nn.Sequential(
-        *filter(None, (conv, norm and norm(out_channels), make_activation(activation)))
+        *filter(
+            None,
+            (
+                conv,
+                make_norm("norm", norm, out_channels),
+                make_activation("activation", activation),
+            ),
+        )
     )
 
 
@@ -84,6 +101,8 @@ class ASPP(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_positive("ASPP", in_channels=in_channels, out_channels=out_channels)
+        pairs = [pair("ASPP", "rates", rate, 1) for rate in several("ASPP", rates=rates)]
         self.backend = backend
 
         def full(channels: int, kernel_size: int, rate: Size = 1) -> nn.Sequential:
@@ -105,7 +124,7 @@ class ASPP(nn.Module):
                 backend=backend,
             )
 
-        self.branches = nn.ModuleList([full(in_channels, 1), *(atrous(rate) for rate in rates)])
+        self.branches = nn.ModuleList([full(in_channels, 1), *map(atrous, pairs)])
         self.pool = (
             nn.Sequential(nn.AdaptiveAvgPool2d(1), *full(in_channels, 1)) if image_pooling else None
         )
@@ -115,7 +134,7 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pool = None if self.pool is None else [self.pool]
         return self.project(
-            pyramid(x, ([branch] for branch in self.branches), pool, backend=self.backend)
+            pyramid(x, [[branch] for branch in self.branches], pool, backend=self.backend)
         )
 
     def extra_repr(self) -> str:

@@ -58,15 +58,12 @@ def track(norms: Norms, mean: Tensor, var: Tensor, shape: Sequence[int]) -> None
     """Moves the running statistics by the batch's moments (mean and biased var, [R·C]), as torch's
     own layer does in training.
 
-    shape: [B, ..., H', W'] of the normalised map.
+    shape: [B, ..., H', W'] of the normalised map, which has more than one value a channel. (Where
+    non-reentrant checkpointing stops its second run inside the operator, this is not reached again:
+    the statistics then move once, and not twice as torch's.)
     """
     count = shape[0] * shape[-2] * shape[-1]
     channels = mean.shape[0] // len(norms)
-    if count == 1:
-        size = torch.Size([shape[0], channels, *shape[-2:]])
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {size}"
-        )
     var = var * (count / (count - 1))  # unbiased
     for norm, m, v in zip(norms, mean.split(channels), var.split(channels), strict=True):
         if norm is not None:
@@ -83,11 +80,10 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
         if running is None:
             continue
         moment = moment.to(running.dtype)
-        if norm.momentum is None:  # cumulative average
-            assert norm.num_batches_tracked is not None
-            running.add_((moment - running) / norm.num_batches_tracked)
-        else:
+        if norm.momentum is not None:
             running.lerp_(moment, norm.momentum)
+        elif norm.num_batches_tracked is not None:  # cumulative average; without a count it rests
+            running.add_((moment - running) / norm.num_batches_tracked)
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkernels.nn.arguments import Activation, check_positive
 from segkernels.nn.aspp import ASPP, conv_norm_activation
-from segkernels.nn.separable_conv2d import Activation, Norm, SeparableConv2d, Size
+from segkernels.nn.separable_conv2d import Norm, SeparableConv2d, Size
 
 
 class DeepLabV3PlusHead(nn.Module):
@@ -46,6 +47,14 @@ class DeepLabV3PlusHead(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_positive(
+            "DeepLabV3PlusHead",
+            in_channels=in_channels,
+            low_level_channels=low_level_channels,
+            num_classes=num_classes,
+            channels=channels,
+            low_level_width=low_level_width,
+        )
         self.align_corners = align_corners
         self.aspp = ASPP(
             in_channels,

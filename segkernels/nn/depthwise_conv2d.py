@@ -6,7 +6,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from segkernels.fused import UnsupportedInputError
+from segkernels.nn.arguments import check_positive
 from segkernels.ops.depthwise_conv2d import depthwise_conv2d
+from segkernels.ops.geometry import pair
 
 Size = int | tuple[int, int]
 
@@ -19,8 +22,8 @@ class DepthwiseConv2d(nn.Conv2d):
     (dilation·(k-1)/2, for every stride), an int or a pair. backend: "native", "triton", "reference"
     or None (automatic).
 
-    Input [B, C, H, W], output [B, C, H', W'] in the input's memory format. Raises ValueError for an
-    even kernel.
+    Input [B, C, H, W], output [B, C, H', W'] in the input's memory format. Raises
+    UnsupportedInputError for an even kernel.
 
     Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, section
     3.1.
@@ -37,19 +40,27 @@ class DepthwiseConv2d(nn.Conv2d):
         *,
         backend: str | None = None,
     ) -> None:
-        kernel, rate = _pair(kernel_size), _pair(dilation)
+        name = "DepthwiseConv2d"
+        check_positive(name, channels=channels)
+        kernel, rate = (
+            pair(name, "kernel_size", kernel_size, 1),
+            pair(name, "dilation", dilation, 1),
+        )
         if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
-            raise ValueError(
-                f"DepthwiseConv2d: the kernel must have odd sides\n  kernel_size: {kernel_size!r}"
+            raise UnsupportedInputError(
+                f"{name}: the kernel must have odd sides\n  kernel_size: {kernel_size!r}"
             )
         if padding == "same":
             padding = (rate[0] * (kernel[0] // 2), rate[1] * (kernel[1] // 2))
         elif isinstance(padding, str):
-            raise ValueError(
-                f"DepthwiseConv2d: padding is 'same', an int or a pair\n  padding: {padding!r}"
+            raise UnsupportedInputError(
+                f"{name}: padding is 'same', an int or a pair\n  padding: {padding!r}"
             )
+        else:
+            padding = pair(name, "padding", padding, 0)
+        steps = pair(name, "stride", stride, 1)
         super().__init__(
-            channels, channels, kernel, stride, padding, rate, groups=channels, bias=bias
+            channels, channels, kernel, steps, padding, rate, groups=channels, bias=bias
         )
         self.backend = backend
 
@@ -67,7 +78,3 @@ class DepthwiseConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         base: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{base}, backend={self.backend!r}"
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
 
+from segkernels.nn.arguments import (
+    Activation,
+    NormClass,
+    check_positive,
+    make_activation,
+    make_norm,
+)
 from segkernels.nn.chain import run
 from segkernels.nn.depthwise_conv2d import DepthwiseConv2d
 
 Size = int | tuple[int, int]
-Norm = Callable[[int], nn.Module] | None
-Activation = str | Callable[[], nn.Module] | None
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
+Norm = NormClass | None
 
 
 class SeparableConv2d(nn.Module):
@@ -56,6 +59,7 @@ class SeparableConv2d(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_positive("SeparableConv2d", in_channels=in_channels, out_channels=out_channels)
         self.backend = backend
         inner_bias, outer_bias = (
             norm is None if bias is None else bias for norm in (inner_norm, outer_norm)
@@ -63,11 +67,11 @@ class SeparableConv2d(nn.Module):
         self.depthwise = DepthwiseConv2d(
             in_channels, kernel_size, stride, padding, dilation, inner_bias, backend=backend
         )
-        self.inner_norm = inner_norm and inner_norm(in_channels)
-        self.inner_activation = make_activation(inner_activation)
+        self.inner_norm = make_norm("inner_norm", inner_norm, in_channels)
+        self.inner_activation = make_activation("inner_activation", inner_activation)
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=outer_bias)
-        self.outer_norm = outer_norm and outer_norm(out_channels)
-        self.outer_activation = make_activation(outer_activation)
+        self.outer_norm = make_norm("outer_norm", outer_norm, out_channels)
+        self.outer_activation = make_activation("outer_activation", outer_activation)
 
     def layers_in_order(self) -> list[nn.Module | None]:
         return [
@@ -84,15 +88,3 @@ class SeparableConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"
-
-
-def make_activation(activation: Activation) -> nn.Module | None:
-    """The module of a name ("relu", "relu6"), of a callable, or None."""
-    if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation is one of {sorted(ACTIVATIONS)}, a callable or None"
-                f"\n  activation: {activation!r}"
-            )
-        return ACTIVATIONS[activation]()
-    return activation and activation()

@@ -101,14 +101,14 @@ def _window(
             "  an even kernel has no centre; pad the weight with a zero row and column"
         )
     if rates is None:
-        dilations: tuple[Pair, ...] = (_pair(op, "dilation", dilation, 1),)
+        dilations: tuple[Pair, ...] = (pair(op, "dilation", dilation, 1),)
     else:
         if not isinstance(dilation, Sequence) or len(dilation) != rates:
             raise UnsupportedInputError(
                 f"{op}: a weight with {rates} rates needs a list of {rates} dilations"
                 f"\n  dilation: {dilation!r}"
             )
-        dilations = tuple(_pair(op, "dilation", d, 1) for d in dilation)
+        dilations = tuple(pair(op, "dilation", d, 1) for d in dilation)
     if rates == 0:
         raise UnsupportedInputError(f"{op}: the weight has no rates\n  weight: {list(weight)}")
     if isinstance(padding, str):
@@ -118,14 +118,14 @@ def _window(
             )
         paddings = tuple((r_h * (kernel[0] // 2), r_w * (kernel[1] // 2)) for r_h, r_w in dilations)
     elif rates is None or isinstance(padding, int):
-        paddings = (_pair(op, "padding", padding, 0),) * len(dilations)
+        paddings = (pair(op, "padding", padding, 0),) * len(dilations)
     else:
         if not isinstance(padding, Sequence) or len(padding) != rates:
             raise UnsupportedInputError(
                 f"{op}: padding is 'same', an int or a list of {rates}\n  padding: {padding!r}"
             )
-        paddings = tuple(_pair(op, "padding", p, 0) for p in padding)
-    return Window(kernel, _pair(op, "stride", stride, 1), paddings, dilations)
+        paddings = tuple(pair(op, "padding", p, 0) for p in padding)
+    return Window(kernel, pair(op, "stride", stride, 1), paddings, dilations)
 
 
 _known_window = functools.lru_cache(maxsize=1024, typed=True)(_window)
@@ -171,18 +171,19 @@ def one_per_channel(t: Tensor, rates: int, channels: int) -> bool:
     return t.shape == (rates * channels,) or t.shape == (rates, channels)
 
 
-def _pair(op: str, what: str, value: object, least: int) -> Pair:
-    pair = (
+def pair(op: str, what: str, value: object, least: int) -> Pair:
+    """The pair of an int, or of a pair of ints; UnsupportedInputError naming ``op`` otherwise."""
+    found = (
         (value, value)
         if isinstance(value, int)
         else tuple(value)
         if isinstance(value, Sequence)
         else ()
     )
-    if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair):
+    if len(found) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in found):
         raise UnsupportedInputError(
             f"{op}: {what} must be an int or a pair (rows, columns) of ints\n  {what}: {value!r}"
         )
-    if min(pair) < least:
+    if min(found) < least:
         raise UnsupportedInputError(f"{op}: {what} must be at least {least}\n  {what}: {value!r}")
-    return pair
+    return found

@@ -101,22 +101,38 @@ def test_wrong_weights_are_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("options", "error", "message"),
     [
-        ({"backbone": "vgg16"}, ValueError),
-        ({"output_stride": 4}, ValueError),
-        ({"multigrid": (1, 2, 4)}, ValueError),  # resnet18 has two blocks
-        ({"colour": "red"}, TypeError),
+        ({"backbone": "vgg16"}, ValueError, "'vgg16'"),
+        ({"output_stride": 4}, ValueError, "output_stride"),
+        ({"output_stride": "16"}, ValueError, "output_stride: '16'"),
+        ({"multigrid": (1, 2, 4)}, ValueError, "multigrid must be a sequence of 2"),
+        ({"multigrid": 2}, ValueError, "multigrid must be a sequence of 2"),
+        ({"backbone": "xception65", "multigrid": 2}, ValueError, "multigrid must be a sequence of"),
+        ({"rates": 6}, ValueError, "rates must be a sequence"),
+        ({"width": 0}, ValueError, "width must be a positive int"),
+        ({"width": "64"}, ValueError, "width must be a positive int"),
+        ({"num_classes": "2"}, ValueError, "num_classes must be a positive int"),
+        ({"norm": nn.BatchNorm2d(4)}, TypeError, "norm must make a norm"),
+        ({"backbone": "xception65", "norm": None}, TypeError, "norm must make a norm"),
+        ({"weights": "imagenet"}, FileNotFoundError, r"weights must be the path.*\n.*'imagenet'"),
+        ({"weights": True}, FileNotFoundError, "weights must be the path"),
+        ({"colour": "red"}, TypeError, "colour"),
     ],
+    ids=str,
 )
-def test_bad_options(options: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
-        networks.build("deeplabv3plus", num_classes=2, **{"backbone": "resnet18", **options})
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    options = {"num_classes": 2, "backbone": "resnet18", "width": 4, **options}
+    if options["backbone"] != "resnet18":
+        del options["width"]
+    with torch.device("meta"), pytest.raises(error, match=message):
+        networks.build("deeplabv3plus", **options)
 
 
-def test_unknown_network() -> None:
+@pytest.mark.parametrize("name", ["deeplabv9", ["deeplabv3plus"], 3], ids=str)
+def test_unknown_network(name: Any) -> None:
     with pytest.raises(ValueError, match="known: deeplabv3plus"):
-        networks.build("deeplabv9", num_classes=2)
+        networks.build(name, num_classes=2)
 
 
 def test_parameter_names_are_torchvisions() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import segkernels
 from segkernels.nn import ASPP, DeepLabV3PlusHead, SeparableConv2d, chain, pair
 from tests.nn.composition import agree, close, composed, scramble
 
@@ -56,6 +57,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rates
 
 
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The backend of every call of the separable operator."""
+    seen: list[str | None] = []
+    operator = pair.separable_conv2d
+
+    def noted(*args: Any, backend: str | None, **options: Any) -> Any:
+        seen.append(backend)
+        return operator(*args, backend=backend, **options)
+
+    monkeypatch.setattr(pair, "separable_conv2d", noted)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -84,6 +99,33 @@ def test_synchronised_norms_still_share_the_depthwise_call(calls: list[int]) -> 
     other = Plain(aspp)
     agree(SYNCHRONISED(aspp), other, image(), steps=1)
     assert calls == [3, 3]
+
+
+def test_a_part_may_name_the_backend(calls: list[int], backends: list[str | None]) -> None:
+    """A branch has its own backend, and then a call of its own; the others are the caller's."""
+    aspp = ASPP(6, 4, rates=(1, 2, 3, 4), dropout=0.0).double()
+    other = Plain(aspp)
+    aspp.branches[2].backend = aspp.branches[4].depthwise.backend = "reference"
+    agree(aspp, other, image(), steps=0)
+    assert list(zip(calls, backends, strict=True)) == [
+        (1, None), (1, "reference"), (1, None), (1, "reference")
+    ]  # fmt: skip
+    aspp.branches[2].backend = aspp.branches[4].depthwise.backend = None
+    aspp.backend = "reference"
+    agree(aspp, other, image(), steps=0)
+    assert (calls[4:], backends[4:]) == ([4], ["reference"])
+
+
+def test_two_backends_in_one_chain_are_refused() -> None:
+    aspp = ASPP(6, 4, backend="native").double()
+    aspp.branches[2].backend = "reference"
+    message = r"SeparableConv2d: .*two backends\n  backend: 'reference', but 'native'"
+    with pytest.raises(segkernels.UnsupportedInputError, match=message):
+        aspp(image())
+    layer = SeparableConv2d(6, 4, backend="native").double()
+    layer.depthwise.backend = "reference"
+    with pytest.raises(segkernels.UnsupportedInputError, match=r"DepthwiseConv2d: .*two backends"):
+        layer(image())
 
 
 def test_branches_of_different_kinds_do_not_share(calls: list[int]) -> None:
@@ -135,6 +177,29 @@ def test_head_shapes(separable: bool, refinements: int) -> None:
     assert logits.shape == (2, 4, 17, 13)
     logits.sum().backward()
     assert all(p.grad is not None for p in head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rates": 6}, ValueError, r"ASPP: rates must be a sequence.*\n.*6"),
+        ({"rates": "6"}, ValueError, "ASPP: rates must be a sequence"),
+        ({"rates": (6, 1.5)}, ValueError, r"ASPP: rates must be an int or a pair.*\n.*1\.5"),
+        ({"rates": (6, 0), "separable": False}, ValueError, "rates must be at least 1"),
+        ({"norm": nn.BatchNorm2d(4)}, TypeError, r"^norm must make a norm"),
+        ({"activation": nn.ReLU()}, TypeError, r"^activation must be one of"),
+        ({"out_channels": 0}, ValueError, "ASPP: out_channels must be a positive int"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ASPP(**{"in_channels": 6, "out_channels": 4, **options})
+
+
+def test_a_head_without_classes() -> None:
+    with pytest.raises(ValueError, match=r"DeepLabV3PlusHead: num_classes .*\n.*0"):
+        DeepLabV3PlusHead(6, 5, 0)
 
 
 @pytest.mark.compile

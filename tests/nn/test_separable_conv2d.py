@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from segkernels.nn import DepthwiseConv2d, SeparableConv2d, pair
 from tests.nn.composition import agree, close, composed, plain, scramble
@@ -112,6 +112,16 @@ def test_one_value_per_channel() -> None:
     layer.eval()(torch.randn(1, 6, 1, 1, dtype=torch.float64))
 
 
+def test_cumulative_average_without_a_count() -> None:
+    """As torch: the running statistics rest."""
+    layer = make(inner_norm=partial(nn.BatchNorm2d, momentum=None))
+    layer.inner_norm.num_batches_tracked = None
+    other = composed(layer)
+    before = layer.inner_norm.running_mean.clone()
+    agree(layer, other, image())
+    assert torch.equal(layer.inner_norm.running_mean, before)
+
+
 def test_empty_batch() -> None:
     layer = make().eval()
     assert layer(image()[:0]).shape == (0, 8, 11, 9)
@@ -163,15 +173,6 @@ def test_low_precision_model(dtype: torch.dtype) -> None:
         layer.eval(), other.eval()
 
 
-def test_activation_checkpointing() -> None:
-    layer = make()
-    other = copy.deepcopy(layer)
-    a, b = image().requires_grad_(), image().requires_grad_()
-    checkpoint(layer, a, use_reentrant=False).sum().backward()
-    other(b).sum().backward()
-    close(a.grad, b.grad, 1e-15)
-
-
 @pytest.mark.compile
 def test_exports_with_any_size() -> None:
     layer = make().eval()
@@ -216,17 +217,61 @@ def test_depthwise_equals_conv2d(kernel_size: Any, stride: int) -> None:
     assert set(layer.state_dict()) == {"weight", "bias"}
 
 
-@pytest.mark.parametrize(
-    ("make_layer", "message"),
-    [
-        (lambda: DepthwiseConv2d(4, 2), "odd sides"),
-        (lambda: DepthwiseConv2d(4, padding="full"), "padding is"),
-        (lambda: SeparableConv2d(4, 4, inner_activation="swish"), "activation is one of"),
-    ],
-)
-def test_bad_arguments(make_layer: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_layer()
+NORM = nn.BatchNorm2d(4)
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "even kernel": (lambda: DepthwiseConv2d(4, 2), ValueError, "odd sides"),
+    "kernel of one side": (lambda: DepthwiseConv2d(4, (3,)), ValueError, r"kernel_size .*\(3,\)"),
+    "kernel 3.0": (lambda: DepthwiseConv2d(4, 3.0), ValueError, r"kernel_size .*\n.*3\.0"),
+    "three rates": (lambda: DepthwiseConv2d(4, dilation=(6, 12, 18)), ValueError, "dilation must"),
+    "rate 0": (lambda: DepthwiseConv2d(4, dilation=0), ValueError, "dilation must be at least 1"),
+    "stride 0": (lambda: DepthwiseConv2d(4, stride=0), ValueError, "stride must be at least 1"),
+    "stride '2'": (lambda: DepthwiseConv2d(4, stride="2"), ValueError, r"stride must .*'2'"),
+    "padding -1": (lambda: DepthwiseConv2d(4, padding=-1), ValueError, "padding must be at least"),
+    "padding full": (lambda: DepthwiseConv2d(4, padding="full"), ValueError, "padding is"),
+    "no channels": (lambda: DepthwiseConv2d(0), ValueError, r"channels must be a positive int.*0"),
+    "channels '4'": (lambda: SeparableConv2d("4", 4), ValueError, r"in_channels must .*'4'"),
+    "no outputs": (lambda: SeparableConv2d(4, 0), ValueError, "out_channels must be a positive"),
+    "no such activation": (
+        lambda: SeparableConv2d(4, 4, inner_activation="swish"),
+        ValueError,
+        "inner_activation must be one of 'relu', 'relu6', None.*'swish'",
+    ),
+    "activation made": (
+        lambda: SeparableConv2d(4, 4, outer_activation=nn.ReLU()),
+        TypeError,
+        r"outer_activation must .*ReLU\(\)",
+    ),
+    "activation function": (
+        lambda: SeparableConv2d(4, 4, inner_activation=nn.functional.relu),
+        TypeError,
+        "inner_activation must .*function relu",
+    ),
+    "norm made": (
+        lambda: SeparableConv2d(4, 4, inner_norm=NORM),
+        TypeError,
+        r"inner_norm must make a norm.*BatchNorm2d\(4",
+    ),
+    "norm by name": (lambda: SeparableConv2d(4, 4, outer_norm="bn"), TypeError, "outer_norm must"),
+    "norm False": (lambda: SeparableConv2d(4, 4, inner_norm=False), TypeError, "inner_norm must"),
+    "norm of more": (
+        lambda: SeparableConv2d(4, 4, inner_norm=nn.GroupNorm),
+        TypeError,
+        "inner_norm must make a norm from the number of channels",
+    ),
+    "norm of none": (
+        lambda: SeparableConv2d(4, 4, inner_norm=lambda channels: None),
+        TypeError,
+        "inner_norm must",
+    ),
+    "an array": (lambda: SeparableConv2d(4, 4)(image().numpy()), ValueError, "x must be a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=f"(?s){message}"):
+        call()
 
 
 def test_what_cannot_be_fused_says_why() -> None:

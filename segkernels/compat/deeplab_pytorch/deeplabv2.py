@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from segkernels.nn.arguments import several
+
 
 class _ASPP(nn.Module):
     """Sum of 3x3 atrous classifiers: [B, in_ch, H, W] to [B, out_ch, H, W]. Keys ``c{i}``."""
@@ -18,7 +20,7 @@ class _ASPP(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
-        for i, rate in enumerate(rates):
+        for i, rate in enumerate(several("deeplabv2._ASPP", rates=rates)):
             conv = nn.Conv2d(in_ch, out_ch, 3, padding=rate, dilation=rate)
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segkernels.nn.arguments import several
 from segkernels.nn.aspp import pyramid
-from segkernels.nn.chain import run
 
 
 class _ConvBnReLU(nn.Sequential):
@@ -31,11 +31,8 @@ class _ImagePool(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.conv = _ConvBnReLU(in_ch, out_ch, 1, 0, 1)
 
-    def layers_in_order(self) -> list[nn.Module]:
-        return [self.pool, self.conv]
-
     def forward(self, x: Tensor) -> Tensor:
-        image = run(x, [self.pool, self.conv])
+        image = self.conv(self.pool(x))
         return F.interpolate(image, x.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -51,10 +48,10 @@ class _ASPP(nn.Module):
         self.backend = backend
         self.stages = nn.Module()
         self.stages.add_module("c0", _ConvBnReLU(in_ch, out_ch, 1, 0, 1))
-        for i, rate in enumerate(rates, 1):
+        for i, rate in enumerate(several("deeplabv3._ASPP", rates=rates), 1):
             self.stages.add_module(f"c{i}", _ConvBnReLU(in_ch, out_ch, 3, rate, rate))
         self.stages.add_module("imagepool", _ImagePool(in_ch, out_ch))
 
     def forward(self, x: Tensor) -> Tensor:
         *branches, pool = self.stages.children()
-        return pyramid(x, ([branch] for branch in branches), [pool], backend=self.backend)
+        return pyramid(x, [[branch] for branch in branches], [pool], backend=self.backend)

@@ -45,12 +45,14 @@ from segkernels.ops.geometry import (
     Padding,
     Rates,
     Size,
+    Window,
     beyond_the_kernels,
     check_map,
     one_per_channel,
     unflatten,
     window,
 )
+from segkernels.overrides import overridable
 
 __all__ = ["Moments", "separable_conv2d"]
 
@@ -66,6 +68,7 @@ class Moments(NamedTuple):
     outer_var: Tensor
 
 
+@overridable
 def separable_conv2d(
     x: Tensor,
     depthwise_weight: Tensor,
@@ -93,7 +96,8 @@ def separable_conv2d(
     rates over one x (``dilation`` is then a list of R ints or pairs). pointwise_weight: [D, C, 1,
     1] or [R, D, C, 1, 1]. Biases: [C], [D], or [R, C], [R, D]. Scales and shifts: [R*C] inner,
     [R*D] outer, any floating type; missing ones are 1 and 0. inner_eps, outer_eps: standardise by
-    the batch's moments first (training BatchNorm; scale and shift are then its weight and bias).
+    the batch's moments first (training BatchNorm; scale and shift are then its weight and bias);
+    that needs more than one value a channel.
     stride, padding, dilation, backend: as :func:`segkernels.depthwise_conv2d`.
 
     Returns y [B, D, H', W'] (or [B, R*D, H', W'], rate by rate) in x's memory format; with
@@ -126,6 +130,8 @@ def separable_conv2d(
             f"\n  depthwise_weight: {list(depthwise_weight.shape)}"
             f"\n  pointwise_weight: {list(pointwise_weight.shape)}"
         )
+    if inner_eps is not None or outer_eps is not None:
+        _check_moments(op, x, shape)
     inner = _affine("inner", rates, channels, inner_scale, inner_shift, depthwise_bias, inner_eps)
     outer = _affine("outer", rates, outputs, outer_scale, outer_shift, pointwise_bias, outer_eps)
     y, _, *moments = _OPERATOR(
@@ -142,6 +148,16 @@ def separable_conv2d(
         backend=backend,
     )
     return (y, Moments(*moments)) if return_moments else y
+
+
+def _check_moments(op: str, x: Tensor, shape: Window) -> None:
+    """One value has no variance, and none has no mean."""
+    rows, columns = shape.output_size(x.shape[2], x.shape[3])[0]
+    if x.shape[0] * rows * columns <= 1:
+        raise UnsupportedInputError(
+            f"{op}: standardisation (eps) needs more than 1 value per channel"
+            f"\n  x: {list(x.shape)}\n  normalised map: [{x.shape[0]}, ..., {rows}, {columns}]"
+        )
 
 
 def _affine(
@@ -219,9 +235,8 @@ def _shapes(
     return y, o, *inner, *outer
 
 
-def _unsaved(*args: object) -> tuple[str, ...]:
+def _unsaved(act2: str, eps2: float | None) -> tuple[str, ...]:
     """The mask of the outer activation comes from o where it exists, else from y."""
-    act2, eps2 = args[8], args[10]
     if eps2 is not None:
         return ("y",)
     return ("o", "y") if act2 == "none" else ("o",)
@@ -241,5 +256,5 @@ _OPERATOR = fused.declare(
     shapes=_shapes,
     wide=("gamma1", "beta1", "gamma2", "beta2"),
     unsaved=_unsaved,
-    limits=lambda x, w, *rest: beyond_the_kernels(w, rest[9]),
+    limits=beyond_the_kernels,
 )
