@@ -101,6 +101,7 @@ MORE = {
     "5x5": Map((16, 256, 65, 65), 256, rates=(2,), kernel=5),
     "7x7": Map((16, 256, 65, 65), 256, rates=(1,), kernel=7),
     "classes": Map((16, 21, 65, 65), 19, rates=(1,)),
+    "odd-channels": Map((16, 21, 65, 65), 256, rates=(1,)),
     "nchw-train": Map((16, 256, 65, 65), 256, layout=torch.contiguous_format, eps=1e-5),
     "nchw-fp32-train": Map(
         (16, 256, 65, 65), 256, dtype=torch.float32, layout=torch.contiguous_format, eps=1e-5

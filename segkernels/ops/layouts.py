@@ -1,4 +1,5 @@
-"""What the launchers of Triton kernels share: memory layouts, and block sizes from shapes alone.
+"""What the launchers of Triton kernels share: memory layouts, and block sizes from shapes and
+strides alone.
 
 Nothing here depends on the device or on timing, so results do not either; the blocks of a forward
 do not depend on the batch size.
@@ -99,13 +100,25 @@ def tile_shape(
     return block_n, min(triton.next_power_of_2(channels), elements // block_n)
 
 
-def alignment(*strides: int) -> int:
-    """The largest power of two up to 16 that divides all of them."""
-    return math.gcd(16, *strides)
+def alignment(channels_last: bool, *strides: int) -> int:
+    """The largest power of two up to 16 that divides all of them; of no use in NCHW: 1."""
+    return math.gcd(16, *strides) if channels_last else 1
+
+
+def window_pixels(block_n: int, block_c: int, warps: int, x: torch.Tensor, align: int) -> int:
+    """BLOCK_N of a tile that taps of a window are read for, at most 4 pixels a thread.
+
+    A thread keeps its pixels' places and masks in registers: few where it reads 16 bytes of a
+    pixel's channels at once, many where these are not aligned. Of NCHW tiles it has 2 anyway.
+    """
+    if INTERPRETED or not is_channels_last(x):
+        return block_n
+    vector = min(16 // x.element_size(), align)
+    return min(block_n, 4 * 32 * warps * vector // block_c)
 
 
 def backward_walk(
-    x: torch.Tensor, taps: int, pixels: int, channels_last: bool
+    x: torch.Tensor, taps: int, pixels: int, channels_last: bool, align: int
 ) -> tuple[int, int, int]:
     """(BLOCK_N, BLOCK_C, tiles per program) of the depthwise backward.
 
@@ -119,6 +132,7 @@ def backward_walk(
     block_n, block_c = tile_shape(
         x.size(1), pixels, x.element_size(), channels_last, 128 * per_thread
     )
+    block_n = window_pixels(block_n, block_c, 4, x, align)
     programs = x.size(0) * triton.cdiv(pixels, block_n) * triton.cdiv(x.size(1), block_c)
     return block_n, block_c, min(32, max(8, triton.next_power_of_2(programs // 2048 + 1)))
 
@@ -129,16 +143,21 @@ def fit(size: int, most: int) -> int:
 
 
 def product_shape(
-    dtype: torch.dtype, pixels: int, summed: int, made: int, widest: int
+    dtype: torch.dtype, pixels: int, summed: int, made: int, widest: int, taps: int = 1
 ) -> tuple[int, int, int, int]:
-    """Of a product over channels: (BLOCK_N, block of the summed, of the made channels, warps)."""
+    """Of a product over channels: (BLOCK_N, block of the summed, of the made channels, warps).
+
+    Where a window makes one factor, what the compiler keeps of every tap stands in registers beside
+    the sums: with more taps than 5×5 there is room for half as many sums.
+    """
     if dtype == torch.float64:
         most = 64 if INTERPRETED else 16
         return fit(pixels, most), fit(summed, most), fit(made, most), 4
+    block_n = fit(pixels, 64 if taps <= 25 or INTERPRETED else 32)
     if dtype == torch.float32:
-        return fit(pixels, 64), 16, fit(made, 64), 8
+        return block_n, 16, fit(made, 64), 8
     made = fit(made, widest)
-    return fit(pixels, 64), fit(summed, 32), made, 8 if made >= 128 else 4
+    return block_n, fit(summed, 32), made, 8 if made >= 128 else 4
 
 
 def outer_product_shape(

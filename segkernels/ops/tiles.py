@@ -17,6 +17,40 @@ INTERPRETED = tl.constexpr(layouts.INTERPRETED)
 
 
 @triton.jit
+def aligned(stride, ALIGN: tl.constexpr):
+    """A multiple of ALIGN that the compiler knows to be one (by itself it sees 16 only)."""
+    return stride // ALIGN * ALIGN
+
+
+@triton.jit
+def this_tile(N, R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(rate, sample, tile, first pixel) of this program; the rates are neighbours in the grid."""
+    tile_count = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) // R
+    start = tile % tile_count * BLOCK_N
+    return tl.program_id(0) % R, (tile // tile_count).to(tl.int64), tile.to(tl.int64), start
+
+
+@triton.jit
+def at_pixels(strides, sample, c, n, ALIGN: tl.constexpr):
+    """Where channels c of pixels n lie; the strides lead to the next sample, channel, pixel."""
+    at = sample * aligned(strides[0], ALIGN) + c.to(tl.int64) * strides[1]
+    return at + n.to(tl.int64) * aligned(strides[2], ALIGN)
+
+
+@triton.jit
+def at_rows(strides, sample, c, i, j, ALIGN: tl.constexpr):
+    """The same of rows i and columns j; the strides are those of x: [B, C, H, W]."""
+    return at_pixels(strides, sample, c, i, ALIGN) + j.to(tl.int64) * aligned(strides[3], ALIGN)
+
+
+@triton.jit
+def within(t, size):
+    """0 ≤ t < size."""
+    return (t >= 0) & (t < size)
+
+
+@triton.jit
 def along_pixels(t, CHANNELS_LAST: tl.constexpr):
     if CHANNELS_LAST:
         return t[:, None]
@@ -122,6 +156,12 @@ def activation(t, ACT: tl.constexpr):
 
 
 @triton.jit
+def stage(t, center, scale, shift, c, in_c, ACT: tl.constexpr):
+    """φ((t − center)·scale + shift)."""
+    return activation(affine(t, center, scale, shift, c, in_c), ACT)
+
+
+@triton.jit
 def activation_backward(g, t, ACT: tl.constexpr):
     """g·φ'(t); t may be the argument or the value of φ: both give the same mask."""
     if ACT != "none":
@@ -132,59 +172,86 @@ def activation_backward(g, t, ACT: tl.constexpr):
 
 
 @triton.jit
-def store_moments(mean, m2, index, t, live, count, in_c, CHANNELS_LAST: tl.constexpr):
-    """The tile's mean and Σ(t − mean)² per channel (Chan, Golub and LeVeque, 1983)."""
-    center = sum_pixels(tl.where(live, t, 0.0), CHANNELS_LAST) / count
-    away = tl.where(live, t - along_channels(center, CHANNELS_LAST), 0.0)
-    tl.store(mean + index, center, mask=in_c)
-    tl.store(m2 + index, sum_pixels(away * away, CHANNELS_LAST), mask=in_c)
+def stage_backward(g, t, center, scale, shift, c, in_c, ACT: tl.constexpr):
+    """g·φ'((t − center)·scale + shift), and t − center."""
+    away = affine(t, center, None, None, c, in_c)
+    return activation_backward(g, affine(away, None, scale, shift, c, in_c), ACT), away
 
 
 @triton.jit
-def aligned(stride, ALIGN: tl.constexpr):
-    """A multiple of ALIGN that the compiler knows to be one (by itself it sees 16 only)."""
-    return stride // ALIGN * ALIGN
+def store(at, t, live):
+    """t in the map's own type, as it is written where `live`."""
+    stored = rounded(t, at.dtype.element_ty)
+    tl.store(at, stored, mask=live)
+    return stored
+
+
+@triton.jit
+def store_sum(sums, index, t, live, in_c, CHANNELS_LAST: tl.constexpr):
+    """The tile's Σ t per channel."""
+    tl.store(sums + index, sum_pixels(tl.where(live, t, 0.0), CHANNELS_LAST), mask=in_c)
+
+
+@triton.jit
+def store_moments(mean, m2, index, t, live, count, in_c, CHANNELS_LAST: tl.constexpr):
+    """The tile's mean and Σ(t − mean)² per channel (Chan, Golub and LeVeque, 1983)."""
+    center = sum_pixels(tl.where(live, t, 0.0), CHANNELS_LAST) / count
+    tl.store(mean + index, center, mask=in_c)
+    away = t - along_channels(center, CHANNELS_LAST)
+    store_sum(m2, index, away * away, live, in_c, CHANNELS_LAST)
 
 
 @triton.jit
 def depthwise_tile(
     acc,  # [BLOCK_N, BLOCK_C] or its transpose
-    x,  # pointers to the tile's channels of x, first pixel
-    w,  # pointers to the tile's channels of w, first tap
-    i,  # output rows and columns, on the pixel axis
-    j,
-    live,  # of the tile
-    in_c,  # on the channel axis
-    first_row,  # of the tile, scalars
-    last_row,
-    C,
-    H,
-    W,
-    stride_xh,
-    stride_xw,
-    stride_h,
-    stride_w,
-    geometry,
+    x,
+    strides_x,
+    w,  # [R, KH·KW, C]
+    sample,
     rate,
+    start,  # the tile's first pixel
+    n,  # its pixels and channels
+    c,
+    C,
+    size,  # (H, W)
+    out_size,
+    stride,
+    geometry,
     R: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """acc + Σ_ab w[a,b,c]·x[c, i·s + a·r − p, j·s + b·r − p]; tap rows off the map are skipped."""
+    """acc + Σ_ab w[a,b,c]·x[c, i·s + a·r − p, j·s + b·r − p]; tap rows off the map are skipped.
+
+    A tap lies at one distance from its output pixel, whichever that is: a thread holds the pixels'
+    places once, not once for every tap.
+    """
+    H, W = size[0], size[1]
+    N, Wo = out_size[0] * out_size[1], out_size[1]
     pad_h, pad_w = pick(geometry, rate, 0, R), pick(geometry, rate, 1, R)
     dilation_h, dilation_w = pick(geometry, rate, 2, R), pick(geometry, rate, 3, R)
+    i, j = n // Wo * stride[0] - pad_h, n % Wo * stride[1] - pad_w  # where the window begins
+    first_row = start // Wo * stride[0] - pad_h
+    last_row = (tl.minimum(start + BLOCK_N, N) - 1) // Wo * stride[0] - pad_h
+    in_c = c < C
+    live = (n < N) & in_c
+    stride_xh, stride_xw = aligned(strides_x[2], ALIGN), aligned(strides_x[3], ALIGN)
+    step_h = tl.cast(dilation_h, tl.int64) * stride_xh
+    step_w = tl.cast(dilation_w, tl.int64) * stride_xw
+    at = i.to(tl.int64) * stride_xh + j.to(tl.int64) * stride_xw
+    x += sample * aligned(strides_x[0], ALIGN) + c.to(tl.int64) * strides_x[1]
+    w += rate * (KH * KW) * C + c
     for a in tl.static_range(KH):
-        down = a * dilation_h - pad_h
-        if (last_row * stride_h + down >= 0) & (first_row * stride_h + down < H):
-            row = i * stride_h + down
-            line = x + row.to(tl.int64) * stride_xh
-            on_row = live & (row >= 0) & (row < H)
+        down = a * dilation_h
+        if (last_row + down >= 0) & (first_row + down < H):
+            on_row = live & within(i + down, H)
             for b in tl.static_range(KW):
-                col = j * stride_w + (b * dilation_w - pad_w)
-                inside = on_row & (col >= 0) & (col < W)
-                tap = tl.load(line + col.to(tl.int64) * stride_xw, mask=inside, other=0.0)
-                weight = tl.load(w + (a * KW + b) * C, mask=in_c, other=0.0).to(acc.dtype)
-                acc += tap.to(acc.dtype) * weight
+                inside = on_row & within(j + b * dilation_w, W)
+                tap = tl.load(x + (at + (a * step_h + b * step_w)), mask=inside, other=0.0)
+                weight = tl.load(w + (a * KW + b) * C, mask=in_c, other=0.0)
+                acc += tap.to(acc.dtype) * weight.to(acc.dtype)
     return acc
 
 
@@ -215,7 +282,7 @@ def depthwise_backward_row(
         if t // KW == ROW:
             at = j + pad - (t % KW) * dilation
             col = at // stride_w
-            inside = live & (at >= 0) & (col < Wo) & (col * stride_w == at)
+            inside = live & within(at, Wo * stride_w) & (col * stride_w == at)
             g = tl.load(dy + col.to(tl.int64) * stride_dyw, mask=inside, other=0.0).to(x.dtype)
             if NEED_DX:
                 dx += g * tl.load(w + t * C, mask=in_c, other=0.0).to(x.dtype)
@@ -229,49 +296,52 @@ def depthwise_backward_row(
 def depthwise_backward_tile(
     sums,  # (dx, (dw of every tap)): tiles in the accumulation type
     x,  # the tile of x
-    dy,  # pointers to the tile's channels of dy, first rate, first pixel
-    w,  # pointers to the tile's channels of w, first tap
-    i,  # input rows and columns, on the pixel axis
-    j,
-    live,
-    in_c,
-    first_row,  # of the tile, scalars
-    last_row,
+    dy,
+    strides_dy,
+    w,  # [R, KH·KW, C]
+    sample,
+    start,  # the tile's first pixel
+    n,  # its pixels and channels
+    c,
     C,
-    Ho,
-    Wo,
-    stride_dyr,  # from rate to rate
-    stride_dyh,
-    stride_dyw,
-    stride_h,
-    stride_w,
+    size,  # (H, W)
+    out_size,
+    stride,
     geometry,
     R: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     NEED_DX: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """`sums` with a tile's share of dx and dw added: the same taps of dy serve both.
 
     dx[m] = Σ_ab w_ab·dy[n], dw_ab = Σ_m x[m]·dy[n], where n·s + (a, b)·r − p = m.
     """
+    N, W = size[0] * size[1], size[1]
+    Ho, Wo = out_size[0], out_size[1]
+    i, j = n // W, n % W
+    first_row, last_row = start // W, (tl.minimum(start + BLOCK_N, N) - 1) // W
+    in_c = c < C
+    live = (n < N) & in_c
     for rate in tl.static_range(R):
         for a in tl.static_range(KH):
             up = geometry[4 * rate] - a * geometry[4 * rate + 2]
-            if (last_row + up >= 0) & (first_row + up < Ho * stride_h):
-                row = (i + up) // stride_h
+            if (last_row + up >= 0) & (first_row + up < Ho * stride[0]):
+                row = (i + up) // stride[0]
                 sums = depthwise_backward_row(
                     sums,
                     x,
-                    dy + (row.to(tl.int64) * stride_dyh + rate * stride_dyr),
-                    w,
-                    live & (i + up >= 0) & (row < Ho) & (row * stride_h == i + up),
+                    dy + at_pixels(strides_dy, sample, rate * C + c, row, ALIGN),
+                    w + c,
+                    live & within(i + up, Ho * stride[0]) & (row * stride[0] == i + up),
                     j,
                     in_c,
                     C,
                     Wo,
-                    stride_dyw,
-                    stride_w,
+                    aligned(strides_dy[3], ALIGN),
+                    stride[1],
                     geometry[4 * rate + 1],
                     geometry[4 * rate + 3],
                     rate * KH + a,

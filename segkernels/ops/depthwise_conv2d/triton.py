@@ -24,21 +24,13 @@ def depthwise_conv2d_forward_kernel(
     w,  # [R, KH·KW, C]
     bias,  # [R, C] or None
     y,
-    geometry,
     C,
-    H,
-    W,
-    Ho,
-    Wo,
-    stride_xb,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_yb,
-    stride_yc,
-    stride_yn,
-    stride_h,
-    stride_w,
+    size,  # (H, W)
+    out_size,
+    strides_x,
+    strides_y,
+    stride,
+    geometry,
     R: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -48,48 +40,21 @@ def depthwise_conv2d_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    if CHANNELS_LAST:
-        C, stride_yn = aligned(C, ALIGN), aligned(stride_yn, ALIGN)
-        stride_xh, stride_xw = aligned(stride_xh, ALIGN), aligned(stride_xw, ALIGN)
-        stride_xb, stride_yb = aligned(stride_xb, ALIGN), aligned(stride_yb, ALIGN)
-    N = Ho * Wo
-    tile_count = tl.cdiv(N, BLOCK_N)
-    rate = tl.program_id(0) % R
-    start = tl.program_id(0) // R % tile_count * BLOCK_N
-    sample = (tl.program_id(0) // R // tile_count).to(tl.int64)
-
+    C = aligned(C, ALIGN)
+    N = out_size[0] * out_size[1]
+    rate, sample, _, start = tiles.this_tile(N, R, BLOCK_N)
     n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
     c = along_channels(tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), CHANNELS_LAST)
-    in_c = c < C
-    live = (n < N) & in_c
     acc = tiles.zeros(BLOCK_N, BLOCK_C, ACC, CHANNELS_LAST)
     if bias is not None:
-        acc += tl.load(bias + rate * C + c, mask=in_c, other=0.0).to(ACC)
+        acc += tl.load(bias + rate * C + c, mask=c < C, other=0.0).to(ACC)
     acc = tiles.depthwise_tile(
         acc,
-        x + sample * stride_xb + c.to(tl.int64) * stride_xc,
-        w + rate * (KH * KW) * C + c,
-        n // Wo,
-        n % Wo,
-        live,
-        in_c,
-        start // Wo,
-        (tl.minimum(start + BLOCK_N, N) - 1) // Wo,
-        C,
-        H,
-        W,
-        stride_xh,
-        stride_xw,
-        stride_h,
-        stride_w,
-        geometry,
-        rate,
-        R,
-        KH,
-        KW,
+        *(x, strides_x, w, sample, rate, start, n, c, C, size, out_size, stride, geometry),
+        *(R, KH, KW, ALIGN, BLOCK_N),
     )
-    at = sample * stride_yb + (rate * C + c).to(tl.int64) * stride_yc + n.to(tl.int64) * stride_yn
-    tl.store(y + at, tiles.rounded(acc, y.dtype.element_ty), mask=live)
+    at = tiles.at_pixels(strides_y, sample, rate * C + c, n, ALIGN)
+    tiles.store(y + at, acc, (n < N) & (c < C))
 
 
 @triton.jit
@@ -100,25 +65,14 @@ def depthwise_conv2d_backward_kernel(
     dx,  # or None, as dw and db
     dw,  # [shares, R, KH·KW, C]
     db,  # [shares, R, C]
-    geometry,
     C,
-    H,
-    W,
-    Ho,
-    Wo,
-    stride_dyb,
-    stride_dyc,
-    stride_dyh,
-    stride_dyw,
-    stride_xb,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_dxb,
-    stride_dxc,
-    stride_dxn,
-    stride_h,
-    stride_w,
+    size,  # (H, W)
+    out_size,
+    strides_dy,
+    strides_x,
+    strides_dx,
+    stride,
+    geometry,
     walk,  # tiles per program
     R: tl.constexpr,
     KH: tl.constexpr,
@@ -130,25 +84,16 @@ def depthwise_conv2d_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Tile t of a sample is the t-th block of its input pixels, and of its output pixels for db."""
-    if CHANNELS_LAST:
-        C, stride_dxn = aligned(C, ALIGN), aligned(stride_dxn, ALIGN)
-        stride_xh, stride_xw = aligned(stride_xh, ALIGN), aligned(stride_xw, ALIGN)
-        stride_dyh, stride_dyw = aligned(stride_dyh, ALIGN), aligned(stride_dyw, ALIGN)
-        stride_xb, stride_dxb = aligned(stride_xb, ALIGN), aligned(stride_dxb, ALIGN)
-        stride_dyb = aligned(stride_dyb, ALIGN)
-    N = H * W
-    tile_count = tl.cdiv(tl.maximum(N, Ho * Wo), BLOCK_N)
+    C = aligned(C, ALIGN)
+    W, N = size[1], size[0] * size[1]
+    Wo, No = out_size[1], out_size[0] * out_size[1]
+    tile_count = tl.cdiv(tl.maximum(N, No), BLOCK_N)
     walk_count = tl.cdiv(tile_count, walk)
     first = tl.program_id(0) % walk_count * walk
     sample = (tl.program_id(0) // walk_count).to(tl.int64)
     share = tl.program_id(0).to(tl.int64) * R * C
-
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = along_channels(channels, CHANNELS_LAST)
-    in_c = c < C
-    x += sample * stride_xb + c.to(tl.int64) * stride_xc
-    dy += sample * stride_dyb + c.to(tl.int64) * stride_dyc
-    stride_dyr = C * tl.cast(stride_dyc, tl.int64)
 
     zero = tiles.zeros(BLOCK_N, BLOCK_C, ACC, CHANNELS_LAST)
     sums_w = ()
@@ -161,45 +106,25 @@ def depthwise_conv2d_backward_kernel(
     for tile in range(first, tl.minimum(first + walk, tile_count)):
         start = tile * BLOCK_N
         n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
-        live = (n < N) & in_c
-        i = n // W
-        j = n % W
-        at = i.to(tl.int64) * stride_xh + j.to(tl.int64) * stride_xw
+        live = (n < N) & (c < C)
+        value = zero
+        if dw is not None:
+            at = tiles.at_rows(strides_x, sample, c, n // W, n % W, ALIGN)
+            value = tl.load(x + at, mask=live, other=0.0).to(ACC)
         sums = tiles.depthwise_backward_tile(
             (zero, sums_w),
-            tl.load(x + at, mask=live, other=0.0).to(ACC) if dw is not None else zero,
-            dy,
-            w + c,
-            i,
-            j,
-            live,
-            in_c,
-            start // W,
-            (tl.minimum(start + BLOCK_N, N) - 1) // W,
-            C,
-            Ho,
-            Wo,
-            stride_dyr,
-            stride_dyh,
-            stride_dyw,
-            stride_h,
-            stride_w,
-            geometry,
-            R,
-            KH,
-            KW,
-            dx is not None,
+            value,
+            *(dy, strides_dy, w, sample, start, n, c, C, size, out_size, stride, geometry),
+            *(R, KH, KW, dx is not None, ALIGN, BLOCK_N),
         )
         if dx is not None:
-            at = sample * stride_dxb + c.to(tl.int64) * stride_dxc + n.to(tl.int64) * stride_dxn
-            tl.store(dx + at, tiles.rounded(sums[0], dx.dtype.element_ty), mask=live)
+            tiles.store(dx + tiles.at_pixels(strides_dx, sample, c, n, ALIGN), sums[0], live)
         sums_w = sums[1]
         if db is not None:
-            live = (n < Ho * Wo) & in_c
-            at = (n // Wo).to(tl.int64) * stride_dyh + (n % Wo).to(tl.int64) * stride_dyw
             more_b = ()
             for rate in tl.static_range(R):
-                g = tl.load(dy + (at + rate * stride_dyr), mask=live, other=0.0)
+                at = tiles.at_rows(strides_dy, sample, rate * C + c, n // Wo, n % Wo, ALIGN)
+                g = tl.load(dy + at, mask=(n < No) & (c < C), other=0.0)
                 more_b += (sums_b[rate] + g.to(ACC),)
             sums_b = more_b
 
@@ -225,27 +150,27 @@ def depthwise_conv2d(
     R, C, KH, KW = w.shape
     Ho, Wo = unflatten(w, stride, padding, dilation).output_size(x.size(2), x.size(3))[0]
     y = layouts.empty_map(x, R * C, (Ho, Wo))
-    block_n, block_c = layouts.tile_shape(C, Ho * Wo, x.element_size(), last, 2048)
-    tile_count = triton.cdiv(Ho * Wo, block_n) * x.size(0)
     if y.numel() == 0:
         return y
     x = layouts.readable(x, last)
+    align = layouts.alignment(last, C, x.stride(0), x.stride(2), x.stride(3))
+    block_n, block_c = layouts.tile_shape(C, Ho * Wo, x.element_size(), last, 2048)
+    block_n = layouts.window_pixels(block_n, block_c, 4, x, align)
+    tile_count = triton.cdiv(Ho * Wo, block_n) * x.size(0)
     with torch.cuda.device_of(x):
         depthwise_conv2d_forward_kernel[(R * tile_count, triton.cdiv(C, block_c))](
             x,
             layouts.taps_major(w),
             None if b is None else b.contiguous(),
-            y,
+            *(y, C, (x.size(2), x.size(3)), (Ho, Wo)),
+            *(x.stride(), layouts.map_strides(y)),
+            tuple(stride),
             layouts.rate_geometry(padding, dilation),
-            *(C, x.size(2), x.size(3), Ho, Wo),
-            *x.stride(),
-            *layouts.map_strides(y),
-            *stride,
             R=R,
             KH=KH,
             KW=KW,
             ACC=layouts.triton_type(x),
-            ALIGN=layouts.alignment(C, x.stride(0), x.stride(2), x.stride(3)),
+            ALIGN=align,
             CHANNELS_LAST=last,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
@@ -269,8 +194,10 @@ def depthwise_conv2d_backward(
     Ho, Wo = dy.shape[2:]
     dx = layouts.empty_map(x, C, (H, W)) if need[0] else None
     dy, x = layouts.readable(dy, last), layouts.readable(x, last)
-    block_n, block_c, walk = layouts.backward_walk(x, R * KH * KW, max(H * W, Ho * Wo), last)
-    shares = triton.cdiv(max(H * W, Ho * Wo), block_n * walk) * B
+    align = layouts.alignment(last, C, *(t.stride(a) for t in (x, dy) for a in (0, 2, 3)))
+    pixels = max(H * W, Ho * Wo)
+    block_n, block_c, walk = layouts.backward_walk(x, R * KH * KW, pixels, last, align)
+    shares = triton.cdiv(pixels, block_n * walk) * B
 
     acc = accumulation_dtype(x.dtype)
     dw = x.new_empty((shares, R, KH * KW, C), dtype=acc) if need[1] else None
@@ -284,18 +211,17 @@ def depthwise_conv2d_backward(
                 dx,
                 dw,
                 db,
+                *(C, (H, W), (Ho, Wo)),
+                *(dy.stride(), x.stride()),
+                (0, 0, 0) if dx is None else layouts.map_strides(dx),
+                tuple(stride),
                 layouts.rate_geometry(padding, dilation),
-                *(C, H, W, Ho, Wo),
-                *dy.stride(),
-                *x.stride(),
-                *((0, 0, 0) if dx is None else layouts.map_strides(dx)),
-                *stride,
                 walk,
                 R=R,
                 KH=KH,
                 KW=KW,
                 ACC=layouts.triton_type(x),
-                ALIGN=layouts.alignment(C, *(t.stride(a) for t in (x, dy) for a in (0, 2, 3))),
+                ALIGN=align,
                 CHANNELS_LAST=last,
                 BLOCK_N=block_n,
                 BLOCK_C=block_c,

@@ -60,7 +60,10 @@ class Case:
                 made[f"{stage}_scale"] = 1 + draw(len(self.rates) * width, dtype=wide) / 4
                 made[f"{stage}_shift"] = draw(len(self.rates) * width, dtype=wide) / 4
             if not kinks and self.activation[i]:
-                made[f"{stage}_shift"] = _branches(len(self.rates) * width, i, wide).to(device)
+                # without a standardisation the deviation is not 1; relu6 has room for no more
+                spread = 1 if self.eps[i] or self.activation[i] == "relu6" else 2
+                shift = _branches(len(self.rates) * width, i, wide)
+                made[f"{stage}_shift"] = (spread * shift).to(device)
             made[f"{stage}_activation"] = self.activation[i]
             made[f"{stage}_eps"] = self.eps[i]
         return made
@@ -81,7 +84,7 @@ class Case:
 
 
 def _branches(width: int, stage: int, dtype: torch.dtype) -> torch.Tensor:
-    """Shifts of alternating sign, several deviations of the stage's input."""
+    """Shifts of alternating sign, several deviations of a standardised stage's input."""
     sign = 1 - 2 * (torch.arange(width) % 2)
     return (sign * (4, 20)[stage]).to(dtype)
 

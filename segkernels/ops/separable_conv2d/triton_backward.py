@@ -25,15 +25,9 @@ def separable_conv2d_normalise_backward_kernel(
     sum_gt,
     C,
     N,
-    stride_dyb,
-    stride_dyc,
-    stride_dyn,
-    stride_tb,
-    stride_tc,
-    stride_tn,
-    stride_gb,
-    stride_gc,
-    stride_gn,
+    strides_dy,
+    strides_t,
+    strides_g,
     ACT: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -46,40 +40,31 @@ def separable_conv2d_normalise_backward_kernel(
     These known, the gradient of a standardised stage's input is scale·(g − mean_g − (t − center)·
     mean_gt), with mean_g = Σ g/n and mean_gt = Σ g·(t − center)/(n·(var + eps)).
     """
-    if CHANNELS_LAST:
-        C, stride_dyn = aligned(C, ALIGN), aligned(stride_dyn, ALIGN)
-        stride_tn, stride_gn = aligned(stride_tn, ALIGN), aligned(stride_gn, ALIGN)
-        stride_dyb, stride_tb = aligned(stride_dyb, ALIGN), aligned(stride_tb, ALIGN)
-        stride_gb = aligned(stride_gb, ALIGN)
-    tile_count = tl.cdiv(N, BLOCK_N)
-    sample = (tl.program_id(0) // tile_count).to(tl.int64)
-    n = tl.program_id(0) % tile_count * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = along_pixels(n, CHANNELS_LAST)
+    C = aligned(C, ALIGN)
+    _, sample, tile, start = tiles.this_tile(N, 1, BLOCK_N)
+    n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = along_channels(channels, CHANNELS_LAST)
     in_c = c < C
     live = (n < N) & in_c
 
-    at = sample * stride_dyb + c.to(tl.int64) * stride_dyc + n.to(tl.int64) * stride_dyn
+    at = tiles.at_pixels(strides_dy, sample, c, n, ALIGN)
     acc = tl.load(dy + at, mask=live, other=0.0).to(ACC)
     if t is not None:
-        at = sample * stride_tb + c.to(tl.int64) * stride_tc + n.to(tl.int64) * stride_tn
+        at = tiles.at_pixels(strides_t, sample, c, n, ALIGN)
         value = tl.load(t + at, mask=live, other=0.0).to(ACC)
-        away = tiles.affine(value, center, None, None, c, in_c)
-        acc = tiles.activation_backward(acc, tiles.affine(away, None, scale, shift, c, in_c), ACT)
+        acc, away = tiles.stage_backward(acc, value, center, scale, shift, c, in_c, ACT)
     if sum_g is not None:
-        index = tl.program_id(0).to(tl.int64) * C + channels
-        tl.store(sum_g + index, tiles.sum_pixels(acc, CHANNELS_LAST), mask=channels < C)
+        index = tile * C + channels
+        tiles.store_sum(sum_g, index, acc, live, channels < C, CHANNELS_LAST)
         if sum_gt is not None:
-            total = tiles.sum_pixels(tl.where(live, acc * away, 0.0), CHANNELS_LAST)
-            tl.store(sum_gt + index, total, mask=channels < C)
+            tiles.store_sum(sum_gt, index, acc * away, live, channels < C, CHANNELS_LAST)
     if g is not None:
         if mean_g is not None:
             acc -= tl.load(mean_g + c, mask=in_c, other=0.0)
             acc -= away * tl.load(mean_gt + c, mask=in_c, other=0.0)
             acc *= tl.load(scale + c, mask=in_c, other=0.0)
-        at = sample * stride_gb + c.to(tl.int64) * stride_gc + n.to(tl.int64) * stride_gn
-        tl.store(g + at, tiles.rounded(acc, g.dtype.element_ty), mask=live)
+        tiles.store(g + tiles.at_pixels(strides_g, sample, c, n, ALIGN), acc, live)
 
 
 @triton.jit
@@ -96,12 +81,8 @@ def separable_conv2d_pointwise_backward_kernel(
     C,
     D,
     N,
-    stride_gb,
-    stride_gc,
-    stride_gn,
-    stride_db,
-    stride_dc,
-    stride_dn,
+    strides_g,
+    strides_d,
     R: tl.constexpr,
     ACT: tl.constexpr,
     SCALED: tl.constexpr,
@@ -113,45 +94,33 @@ def separable_conv2d_pointwise_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """out = (g·v)·φ'(affine(d)), times scale where SCALED; sums as in normalise_backward."""
-    if CHANNELS_LAST:
-        C, D = aligned(C, ALIGN), aligned(D, ALIGN)
-        stride_gn, stride_dn = aligned(stride_gn, ALIGN), aligned(stride_dn, ALIGN)
-        stride_gb, stride_db = aligned(stride_gb, ALIGN), aligned(stride_db, ALIGN)
-    tile_count = tl.cdiv(N, BLOCK_N)
-    rate = tl.program_id(0) % R
-    tile = tl.program_id(0) // R
-    sample = (tile // tile_count).to(tl.int64)
-    n = along_pixels(tile % tile_count * BLOCK_N + tl.arange(0, BLOCK_N), CHANNELS_LAST)
+    C, D = aligned(C, ALIGN), aligned(D, ALIGN)
+    rate, sample, tile, start = tiles.this_tile(N, R, BLOCK_N)
+    n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
     cs = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = along_channels(cs, CHANNELS_LAST)
-    live = (n < N) & (c < C)
-
     acc = tiles.zeros(BLOCK_N, BLOCK_C, ACC, CHANNELS_LAST)
     for first in range(0, D, BLOCK_D):
         ds = first + tl.arange(0, BLOCK_D)
         k = along_channels(ds, CHANNELS_LAST)
-        at = (rate * D + k).to(tl.int64) * stride_gc + n.to(tl.int64) * stride_gn
-        part = tl.load(g + sample * stride_gb + at, mask=(n < N) & (k < D), other=0.0)
+        at = tiles.at_pixels(strides_g, sample, rate * D + k, n, ALIGN)
+        part = tl.load(g + at, mask=(n < N) & (k < D), other=0.0)
         weight = tiles.weight_tile(v + rate * D * C, ds, cs, C, 1, D, C, CHANNELS_LAST)
         acc = tiles.matmul(part, weight, acc, CHANNELS_LAST)
 
-    channel = rate * C + c
-    at = sample * stride_db + channel.to(tl.int64) * stride_dc + n.to(tl.int64) * stride_dn
+    in_c = along_channels(cs, CHANNELS_LAST) < C
+    c = rate * C + along_channels(cs, CHANNELS_LAST)
+    live = (n < N) & in_c
+    at = tiles.at_pixels(strides_d, sample, c, n, ALIGN)
     value = tl.load(d + at, mask=live, other=0.0).to(ACC)
-    away = tiles.affine(value, center, None, None, channel, c < C)
-    acc = tiles.activation_backward(
-        acc, tiles.affine(away, None, scale, shift, channel, c < C), ACT
-    )
+    acc, away = tiles.stage_backward(acc, value, center, scale, shift, c, in_c, ACT)
     if sum_g is not None:
-        index = tile.to(tl.int64) * R * C + rate * C + cs
-        total = tiles.sum_pixels(tl.where(live, acc, 0.0), CHANNELS_LAST)
-        tl.store(sum_g + index, total, mask=cs < C)
-        total = tiles.sum_pixels(tl.where(live, acc * away, 0.0), CHANNELS_LAST)
-        tl.store(sum_gt + index, total, mask=cs < C)
+        index = (tile * R + rate) * C + cs
+        tiles.store_sum(sum_g, index, acc, live, cs < C, CHANNELS_LAST)
+        tiles.store_sum(sum_gt, index, acc * away, live, cs < C, CHANNELS_LAST)
     if out is not None:
         if SCALED:
-            acc = tiles.affine(acc, None, scale, None, channel, c < C)
-        tl.store(out + at, tiles.rounded(acc, out.dtype.element_ty), mask=live)
+            acc = tiles.affine(acc, None, scale, None, c, in_c)
+        tiles.store(out + at, acc, live)
 
 
 @triton.jit
@@ -166,12 +135,8 @@ def separable_conv2d_weight_backward_kernel(
     C,
     D,
     N,
-    stride_gb,
-    stride_gc,
-    stride_gn,
-    stride_db,
-    stride_dc,
-    stride_dn,
+    strides_g,
+    strides_d,
     walk,  # tiles per program
     R: tl.constexpr,
     ACT: tl.constexpr,
@@ -183,31 +148,23 @@ def separable_conv2d_weight_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """m = gᵀ·φ(affine(d)) of a run of pixel tiles, which goes on from sample to sample."""
-    if CHANNELS_LAST:
-        C, D = aligned(C, ALIGN), aligned(D, ALIGN)
-        stride_gn, stride_dn = aligned(stride_gn, ALIGN), aligned(stride_dn, ALIGN)
-        stride_gb, stride_db = aligned(stride_gb, ALIGN), aligned(stride_db, ALIGN)
+    C, D = aligned(C, ALIGN), aligned(D, ALIGN)
     tile_count = tl.cdiv(N, BLOCK_N)
     rate = tl.program_id(1) % R
-    first_d = tl.program_id(1) // R * BLOCK_D
-    k = (first_d + tl.arange(0, BLOCK_D))[:, None]
+    k = (tl.program_id(1) // R * BLOCK_D + tl.arange(0, BLOCK_D))[:, None]
     c = (tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    g += (rate * D + k).to(tl.int64) * stride_gc
-    d += (rate * C + c).to(tl.int64) * stride_dc
-
     acc = tl.zeros((BLOCK_D, BLOCK_C), ACC)
     first = tl.program_id(0) * walk
     for tile in range(first, tl.minimum(first + walk, B * tile_count)):
         sample = tl.cast(tile // tile_count, tl.int64)
         n = tile % tile_count * BLOCK_N + tl.arange(0, BLOCK_N)
         row, col = n[None, :], n[:, None]
-        at = sample * stride_gb + row.to(tl.int64) * stride_gn
+        at = tiles.at_pixels(strides_g, sample, rate * D + k, row, ALIGN)
         part = tl.load(g + at, mask=(row < N) & (k < D), other=0.0)
-        at = sample * stride_db + col.to(tl.int64) * stride_dn
+        at = tiles.at_pixels(strides_d, sample, rate * C + c, col, ALIGN)
         h = tl.load(d + at, mask=(col < N) & (c < C), other=0.0).to(ACC)
-        h = tiles.affine(h, center, scale, shift, rate * C + c, c < C)
-        h = tiles.rounded(tiles.activation(h, ACT), part.dtype)
-        acc = tiles.dot(part, h, acc)
+        h = tiles.stage(h, center, scale, shift, rate * C + c, c < C, ACT)
+        acc = tiles.dot(part, tiles.rounded(h, part.dtype), acc)
     at = (tl.program_id(0).to(tl.int64) * R + rate) * D * C + k * C + c
     tl.store(m + at, acc, mask=(k < D) & (c < C))
 
@@ -235,12 +192,10 @@ def normalise_backward(
                 *(dy, t, *stage, *means, out),
                 *(*parts, None, None)[:2],
                 *(C, N),
-                *strides[0],
-                *strides[1],
-                *strides[2],
+                *strides,
                 ACT=act,
                 ACC=layouts.triton_type(dy),
-                ALIGN=layouts.alignment(C, *(s for a in strides for s in (a[0], a[2]))),
+                ALIGN=layouts.alignment(last, C, *(s for a in strides for s in (a[0], a[2]))),
                 CHANNELS_LAST=last,
                 BLOCK_N=block_n,
                 BLOCK_C=block_c,
@@ -267,7 +222,7 @@ def pointwise_backward(
     tile_count = triton.cdiv(N, block_n) * d.size(0)
     out = torch.empty_like(d) if write else None
     parts = layouts.partial_sums(d, 2 * sums, tile_count, R * C)
-    strides = (*layouts.map_strides(g), *layouts.map_strides(d))
+    strides = layouts.map_strides(g), layouts.map_strides(d)
     if d.numel() > 0:
         with torch.cuda.device_of(d):
             separable_conv2d_pointwise_backward_kernel[(R * tile_count, triton.cdiv(C, block_c))](
@@ -279,7 +234,7 @@ def pointwise_backward(
                 ACT=act,
                 SCALED=scaled,
                 ACC=layouts.triton_type(d),
-                ALIGN=layouts.alignment(C, D, strides[0], strides[2]),
+                ALIGN=layouts.alignment(last, C, D, strides[0][0], strides[0][2]),
                 CHANNELS_LAST=last,
                 BLOCK_N=block_n,
                 BLOCK_C=block_c,
@@ -302,7 +257,7 @@ def weight_backward(
     m = d.new_empty(
         (triton.cdiv(tile_count, max(walk, 1)), R, D, C), dtype=accumulation_dtype(d.dtype)
     )
-    strides = (*layouts.map_strides(g), *layouts.map_strides(d))
+    strides = layouts.map_strides(g), layouts.map_strides(d)
     if m.numel() > 0:
         with torch.cuda.device_of(d):
             separable_conv2d_weight_backward_kernel[
@@ -314,7 +269,7 @@ def weight_backward(
                 R=R,
                 ACT=act,
                 ACC=layouts.triton_type(d),
-                ALIGN=layouts.alignment(C, D, strides[0], strides[2]),
+                ALIGN=layouts.alignment(last, C, D, strides[0][0], strides[0][2]),
                 CHANNELS_LAST=last,
                 BLOCK_N=block_n,
                 BLOCK_C=block_c,

@@ -21,21 +21,13 @@ def separable_conv2d_depthwise_kernel(
     d,
     mean,  # [tiles, R·C]
     m2,
-    geometry,
     C,
-    H,
-    W,
-    Ho,
-    Wo,
-    stride_xb,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_db,
-    stride_dc,
-    stride_dn,
-    stride_h,
-    stride_w,
+    size,  # (H, W)
+    out_size,
+    strides_x,
+    strides_d,
+    stride,
+    geometry,
     R: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -46,48 +38,20 @@ def separable_conv2d_depthwise_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """d = w ⊛ x for N₁, and the moments of each tile of d as it is stored."""
-    if CHANNELS_LAST:
-        C, stride_dn = aligned(C, ALIGN), aligned(stride_dn, ALIGN)
-        stride_xh, stride_xw = aligned(stride_xh, ALIGN), aligned(stride_xw, ALIGN)
-        stride_xb, stride_db = aligned(stride_xb, ALIGN), aligned(stride_db, ALIGN)
-    N = Ho * Wo
-    tile_count = tl.cdiv(N, BLOCK_N)
-    rate = tl.program_id(0) % R
-    start = tl.program_id(0) // R % tile_count * BLOCK_N
-    sample = (tl.program_id(0) // R // tile_count).to(tl.int64)
-
+    C = aligned(C, ALIGN)
+    N = out_size[0] * out_size[1]
+    rate, sample, tile, start = tiles.this_tile(N, R, BLOCK_N)
     n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = along_channels(channels, CHANNELS_LAST)
-    in_c = c < C
-    live = (n < N) & in_c
+    live = (n < N) & (c < C)
     acc = tiles.depthwise_tile(
         tiles.zeros(BLOCK_N, BLOCK_C, ACC, CHANNELS_LAST),
-        x + sample * stride_xb + c.to(tl.int64) * stride_xc,
-        w + rate * (KH * KW) * C + c,
-        n // Wo,
-        n % Wo,
-        live,
-        in_c,
-        start // Wo,
-        (tl.minimum(start + BLOCK_N, N) - 1) // Wo,
-        C,
-        H,
-        W,
-        stride_xh,
-        stride_xw,
-        stride_h,
-        stride_w,
-        geometry,
-        rate,
-        R,
-        KH,
-        KW,
+        *(x, strides_x, w, sample, rate, start, n, c, C, size, out_size, stride, geometry),
+        *(R, KH, KW, ALIGN, BLOCK_N),
     )
-    at = sample * stride_db + (rate * C + c).to(tl.int64) * stride_dc + n.to(tl.int64) * stride_dn
-    stored = tiles.rounded(acc, d.dtype.element_ty)
-    tl.store(d + at, stored, mask=live)
-    index = (tl.program_id(0) // R).to(tl.int64) * R * C + rate * C + channels
+    stored = tiles.store(d + tiles.at_pixels(strides_d, sample, rate * C + c, n, ALIGN), acc, live)
+    index = (tile * R + rate) * C + channels
     count = tl.minimum(N - start, BLOCK_N).to(ACC)
     tiles.store_moments(mean, m2, index, stored.to(ACC), live, count, channels < C, CHANNELS_LAST)
 
@@ -105,22 +69,14 @@ def separable_conv2d_pointwise_kernel(
     out,  # y; or o, where its moments are asked for
     mean,  # [tiles, R·D] or None
     m2,
-    geometry,
     C,
     D,
-    H,
-    W,
-    Ho,
-    Wo,
-    stride_xb,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_ob,
-    stride_oc,
-    stride_on,
-    stride_h,
-    stride_w,
+    size,  # (H, W)
+    out_size,
+    strides_x,
+    strides_out,
+    stride,
+    geometry,
     R: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -134,69 +90,49 @@ def separable_conv2d_pointwise_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """o = v·φ₁(affine(d)), d made from x or read; then the outer affine and φ₂, or o's moments."""
-    if CHANNELS_LAST:
-        C, stride_xb = aligned(C, ALIGN), aligned(stride_xb, ALIGN)
-        stride_xh, stride_xw = aligned(stride_xh, ALIGN), aligned(stride_xw, ALIGN)
-    N = Ho * Wo
-    tile_count = tl.cdiv(N, BLOCK_N)
-    rate = tl.program_id(0) % R
-    start = tl.program_id(0) // R % tile_count * BLOCK_N
-    sample = (tl.program_id(0) // R // tile_count).to(tl.int64)
-    x += sample * stride_xb
-    v += rate * D * C
-
+    C = aligned(C, ALIGN)
+    N = out_size[0] * out_size[1]
+    rate, sample, tile, start = tiles.this_tile(N, R, BLOCK_N)
     n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
     ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tiles.zeros(BLOCK_N, BLOCK_D, ACC, CHANNELS_LAST)
     for first in range(0, C, BLOCK_C):
         cs = first + tl.arange(0, BLOCK_C)
         c = along_channels(cs, CHANNELS_LAST)
-        live = (n < N) & (c < C)
         if w is None:
-            at = (rate * C + c).to(tl.int64) * stride_xc + n.to(tl.int64) * stride_xw
-            h = tl.load(x + at, mask=live, other=0.0).to(ACC)
+            at = tiles.at_pixels(strides_x, sample, rate * C + c, n, ALIGN)
+            h = tl.load(x + at, mask=(n < N) & (c < C), other=0.0).to(ACC)
         else:
             h = tiles.depthwise_tile(
                 tiles.zeros(BLOCK_N, BLOCK_C, ACC, CHANNELS_LAST),
-                x + c.to(tl.int64) * stride_xc,
-                w + rate * (KH * KW) * C + c,
-                n // Wo,
-                n % Wo,
-                live,
-                c < C,
-                start // Wo,
-                (tl.minimum(start + BLOCK_N, N) - 1) // Wo,
-                C,
-                H,
-                W,
-                stride_xh,
-                stride_xw,
-                stride_h,
-                stride_w,
-                geometry,
-                rate,
-                R,
-                KH,
-                KW,
+                *(x, strides_x, w, sample, rate, start, n, c, C, size, out_size, stride, geometry),
+                *(R, KH, KW, ALIGN, BLOCK_N),
             )
-        h = tiles.affine(h, center1, scale1, shift1, rate * C + c, c < C)
-        h = tiles.rounded(tiles.activation(h, ACT1), v.dtype.element_ty)
-        acc = tiles.matmul(
-            h, tiles.weight_tile(v, cs, ds, 1, C, C, D, CHANNELS_LAST), acc, CHANNELS_LAST
-        )
+        h = tiles.stage(h, center1, scale1, shift1, rate * C + c, c < C, ACT1)
+        weight = tiles.weight_tile(v + rate * D * C, cs, ds, 1, C, C, D, CHANNELS_LAST)
+        acc = tiles.matmul(tiles.rounded(h, v.dtype.element_ty), weight, acc, CHANNELS_LAST)
 
     d = along_channels(ds, CHANNELS_LAST)
     live = (n < N) & (d < D)
-    at = sample * stride_ob + (rate * D + d).to(tl.int64) * stride_oc + n.to(tl.int64) * stride_on
     if mean is None:
-        acc = tiles.affine(acc, None, scale2, shift2, rate * D + d, d < D)
-        acc = tiles.activation(acc, ACT2)
-    stored = tiles.rounded(acc, out.dtype.element_ty)
-    tl.store(out + at, stored, mask=live)
+        acc = tiles.stage(acc, None, scale2, shift2, rate * D + d, d < D, ACT2)
+    at = tiles.at_pixels(strides_out, sample, rate * D + d, n, 1)
+    stored = tiles.store(out + at, acc, live)
     if mean is not None:
-        index = (tl.program_id(0) // R).to(tl.int64) * R * D + rate * D + ds
+        index = (tile * R + rate) * D + ds
         count = tl.minimum(N - start, BLOCK_N).to(ACC)
         tiles.store_moments(mean, m2, index, stored.to(ACC), live, count, ds < D, CHANNELS_LAST)
+
+
+@triton.jit
+def rows_of_moments(
+    first, c, B, C, N, TILE: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """Where the moments of BLOCK_T tiles lie, which exist, and how many pixels each is of."""
+    tile_count = tl.cdiv(N, TILE)
+    t = first + tl.arange(0, BLOCK_T)[:, None]
+    count = tl.minimum(N - t % tile_count * TILE, TILE).to(ACC)
+    return t.to(tl.int64) * C + c, (t < B * tile_count) & (c < C), count
 
 
 @triton.jit
@@ -214,23 +150,18 @@ def separable_conv2d_moments_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """mean = Σ nₜ·meanₜ/n, var = Σ (M2ₜ + nₜ(meanₜ − mean)²)/n over the tiles, in a fixed order."""
-    tile_count = tl.cdiv(N, TILE)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.cast(B, ACC) * tl.cast(N, ACC)
     sums = tl.zeros((BLOCK_T, BLOCK_C), ACC)
-    for first in range(0, B * tile_count, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)[:, None]
-        live = (t < B * tile_count) & (c < C)
-        count = tl.minimum(N - t % tile_count * TILE, TILE).to(ACC)
-        sums += count * tl.load(means + t.to(tl.int64) * C + c, mask=live, other=0.0)
+    for first in range(0, B * tl.cdiv(N, TILE), BLOCK_T):
+        at, live, count = rows_of_moments(first, c, B, C, N, TILE, ACC, BLOCK_T)
+        sums += count * tl.load(means + at, mask=live, other=0.0)
     center = tl.sum(sums, axis=0)[None, :] / total
     sums = tl.zeros((BLOCK_T, BLOCK_C), ACC)
-    for first in range(0, B * tile_count, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)[:, None]
-        live = (t < B * tile_count) & (c < C)
-        count = tl.minimum(N - t % tile_count * TILE, TILE).to(ACC)
-        away = tl.load(means + t.to(tl.int64) * C + c, mask=live, other=0.0) - center
-        m2 = tl.load(m2s + t.to(tl.int64) * C + c, mask=live, other=0.0)
+    for first in range(0, B * tl.cdiv(N, TILE), BLOCK_T):
+        at, live, count = rows_of_moments(first, c, B, C, N, TILE, ACC, BLOCK_T)
+        away = tl.load(means + at, mask=live, other=0.0) - center
+        m2 = tl.load(m2s + at, mask=live, other=0.0)
         sums += tl.where(live, m2 + count * away * away, 0.0)
     tl.store(mean + c, center, mask=c < C)
     tl.store(var + c, tl.sum(sums, axis=0)[None, :] / total, mask=c < C)
@@ -245,12 +176,8 @@ def separable_conv2d_activation_kernel(
     y,
     C,
     N,
-    stride_ob,
-    stride_oc,
-    stride_on,
-    stride_yb,
-    stride_yc,
-    stride_yn,
+    strides_o,
+    strides_y,
     ACT: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -259,24 +186,15 @@ def separable_conv2d_activation_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """y = φ(affine(o))."""
-    if CHANNELS_LAST:
-        C, stride_on, stride_yn = (
-            aligned(C, ALIGN),
-            aligned(stride_on, ALIGN),
-            aligned(stride_yn, ALIGN),
-        )
-        stride_ob, stride_yb = aligned(stride_ob, ALIGN), aligned(stride_yb, ALIGN)
-    tile_count = tl.cdiv(N, BLOCK_N)
-    sample = (tl.program_id(0) // tile_count).to(tl.int64)
-    n = tl.program_id(0) % tile_count * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = along_pixels(n, CHANNELS_LAST)
+    C = aligned(C, ALIGN)
+    _, sample, _, start = tiles.this_tile(N, 1, BLOCK_N)
+    n = along_pixels(start + tl.arange(0, BLOCK_N), CHANNELS_LAST)
     c = along_channels(tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), CHANNELS_LAST)
     live = (n < N) & (c < C)
-    at = sample * stride_ob + c.to(tl.int64) * stride_oc + n.to(tl.int64) * stride_on
+    at = tiles.at_pixels(strides_o, sample, c, n, ALIGN)
     t = tl.load(o + at, mask=live, other=0.0).to(ACC)
-    t = tiles.activation(tiles.affine(t, center, scale, shift, c, c < C), ACT)
-    at = sample * stride_yb + c.to(tl.int64) * stride_yc + n.to(tl.int64) * stride_yn
-    tl.store(y + at, tiles.rounded(t, y.dtype.element_ty), mask=live)
+    t = tiles.stage(t, center, scale, shift, c, c < C, ACT)
+    tiles.store(y + tiles.at_pixels(strides_y, sample, c, n, ALIGN), t, live)
 
 
 def depthwise(
@@ -292,24 +210,25 @@ def depthwise(
     R, C, KH, KW = w.shape
     N = size[0] * size[1]
     d = layouts.empty_map(x, R * C, size)
+    x = layouts.readable(x, last)
+    align = layouts.alignment(last, C, x.stride(0), x.stride(2), x.stride(3))
     block_n, block_c = layouts.tile_shape(C, N, x.element_size(), last, 2048)
+    block_n = layouts.window_pixels(block_n, block_c, 4, x, align)
     tile_count = triton.cdiv(N, block_n) * x.size(0)
     parts = layouts.partial_sums(x, 2, tile_count, R * C)
-    x = layouts.readable(x, last)
     if d.numel() > 0:
         with torch.cuda.device_of(x):
             separable_conv2d_depthwise_kernel[(R * tile_count, triton.cdiv(C, block_c))](
                 *(x, layouts.taps_major(w), d, *parts),
+                *(C, (x.size(2), x.size(3)), size),
+                *(x.stride(), layouts.map_strides(d)),
+                tuple(stride),
                 layouts.rate_geometry(padding, dilation),
-                *(C, x.size(2), x.size(3), *size),
-                *x.stride(),
-                *layouts.map_strides(d),
-                *stride,
                 R=R,
                 KH=KH,
                 KW=KW,
                 ACC=layouts.triton_type(x),
-                ALIGN=layouts.alignment(C, x.stride(0), x.stride(2), x.stride(3)),
+                ALIGN=align,
                 CHANNELS_LAST=last,
                 BLOCK_N=block_n,
                 BLOCK_C=block_c,
@@ -338,18 +257,19 @@ def pointwise(
     last = layouts.is_channels_last(source)
     out = layouts.empty_map(source, R * D, size)
     N = size[0] * size[1]
-    widest = 256 if last else 128
-    block_n, block_c, block_d, warps = layouts.product_shape(source.dtype, N, C, D, widest)
+    source = layouts.readable(source, last) if eps1 is None else source
+    strides = source.stride() if eps1 is None else layouts.map_strides(source)
+    align = layouts.alignment(last, C, strides[0], *strides[2:])
+    taps = w.size(2) * w.size(3) if eps1 is None else 1
+    block_n, block_c, block_d, warps = layouts.product_shape(
+        source.dtype, N, C, D, 256 if last else 128, taps
+    )
+    if eps1 is None:
+        block_n = layouts.window_pixels(block_n, block_c, warps, source, align)
     tile_count = triton.cdiv(N, block_n) * source.size(0)
     parts = layouts.partial_sums(source, 0 if eps2 is None else 2, tile_count, R * D)
     if out.numel() == 0:
         return out, parts, block_n
-    if eps1 is None:
-        source = layouts.readable(source, last)
-        strides = source.stride()
-    else:
-        sample, channel, pixel = layouts.map_strides(source)
-        strides = (sample, channel, 0, pixel)
     with torch.cuda.device_of(source):
         separable_conv2d_pointwise_kernel[(R * tile_count, triton.cdiv(D, block_d))](
             source,
@@ -359,18 +279,17 @@ def pointwise(
             *outer,
             out,
             *(parts or (None, None)),
+            *(C, D, (source.size(2), source.size(3)), size),
+            *(strides, layouts.map_strides(out)),
+            tuple(stride),
             layouts.rate_geometry(padding, dilation),
-            *(C, D, source.size(2), source.size(3), *size),
-            *strides,
-            *layouts.map_strides(out),
-            *stride,
             R=R,
             KH=w.size(2),
             KW=w.size(3),
             ACT1=act1,
             ACT2=act2,
             ACC=layouts.triton_type(source),
-            ALIGN=layouts.alignment(C, strides[0], strides[2], strides[3]),
+            ALIGN=align,
             CHANNELS_LAST=last,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
@@ -413,11 +332,10 @@ def activate(o: torch.Tensor, outer: layouts.Normaliser, act: str) -> torch.Tens
             (triton.cdiv(N, block_n) * o.size(0), triton.cdiv(C, block_c))
         ](
             *(o, *outer, y, C, N),
-            *layouts.map_strides(o),
-            *layouts.map_strides(y),
+            *(layouts.map_strides(o), layouts.map_strides(y)),
             ACT=act,
             ACC=layouts.triton_type(o),
-            ALIGN=layouts.alignment(C),
+            ALIGN=layouts.alignment(last, C),
             CHANNELS_LAST=last,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
