@@ -23,7 +23,7 @@ import torch
 from segkernels.build_plan import MARK, REMEDY, Tree
 from segkernels.toolchain import covers
 
-INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")
 
 
 def why_not(device: str | torch.device) -> str | None:

@@ -1,8 +1,9 @@
 // Matrix products of tiles that lie in the L2 cache: C (+)= A·B. Compiled once per instruction set (no
 // include guard).
 //
-//   Fma<A>       on vectors, operands in the accumulation type A, taken where they lie
-//   Tiled<half>  on AMX tiles (common/amx.h), operands narrowed to bfloat16 or float16 on the way
+//   Fma<A>               on vectors, operands in the accumulation type A, taken where they lie
+//   Narrow<half, tiles>  on AMX tiles (common/amx.h) or by dot products (common/dots.h), operands narrowed to
+//                        bfloat16 or float16 on the way
 //
 // Both have the same face: left(view, M, K, scratch) and right(view, K, N, scratch) prepare an operand
 // (packed() always copies it; left_at() and right_at() find what was prepared before), multiply() takes two
@@ -149,38 +150,42 @@ struct Fma {
 };
 
 #if SEGKERNELS_VECTOR_BYTES == 64
-template <bool kHalf>
-struct Tiled {
+template <bool kHalf, bool kTiles>
+struct Narrow {
   using Acc = float;
   using Left = const uint16_t*;
   using Right = const uint16_t*;
 
-  static int64_t left_bytes(int64_t m, int64_t k) { return 2 * amx::left_size(m, k); }
-  static int64_t right_bytes(int64_t k, int64_t n) { return 2 * amx::right_size(k, n); }
+  static int64_t left_bytes(int64_t m, int64_t k) { return 2 * packing::left_size(m, k); }
+  static int64_t right_bytes(int64_t k, int64_t n) { return 2 * packing::right_size(k, n); }
 
   static Left left(View<float> x, int64_t m, int64_t k, void* scratch) {
     uint16_t* out = static_cast<uint16_t*>(scratch);
     if (x.column == 1)
-      amx::pack_left<kHalf>(m, k, x.p, x.row, out);
+      packing::left<kHalf>(m, k, x.p, x.row, out);
     else
-      amx::pack_left_transposed<kHalf>(m, k, x.p, x.column, out);
+      packing::left_transposed<kHalf>(m, k, x.p, x.column, out);
     return out;
   }
   static Right right(View<float> x, int64_t k, int64_t n, void* scratch) {
     uint16_t* out = static_cast<uint16_t*>(scratch);
     if (x.column == 1)
-      amx::pack_right<kHalf>(k, n, x.p, x.row, out);
+      packing::right<kHalf>(k, n, x.p, x.row, out);
     else
-      amx::pack_right_transposed<kHalf>(k, n, x.p, x.column, out);
+      packing::right_transposed<kHalf>(k, n, x.p, x.column, out);
     return out;
   }
   static Right packed(View<float> x, int64_t k, int64_t n, void* scratch) { return right(x, k, n, scratch); }
   static Right right_at(const void* packed, int64_t) { return static_cast<Right>(packed); }
   static Left left_at(View<float>, const void* packed) { return static_cast<Left>(packed); }
-  using Session = amx::Tiles;
+  struct NoTiles {};
+  using Session = std::conditional_t<kTiles, amx::Tiles, NoTiles>;
 
   static void multiply(int64_t m, int64_t n, int64_t k, Left a, Right b, float* c, int64_t ldc, bool add) {
-    amx::multiply<kHalf>(m, n, k, a, b, c, ldc, add);
+    if constexpr (kTiles)
+      amx::multiply<kHalf>(m, n, k, a, b, c, ldc, add);
+    else
+      dots::multiply(m, n, k, a, b, c, ldc, add);
   }
 };
 #endif

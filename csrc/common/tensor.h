@@ -8,6 +8,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -98,15 +100,25 @@ T* mutable_data(const Tensor& t) {
 }
 
 // f(first, last) over contiguous parts of [0, n) on torch's threads; `cost` (about the operations of one
-// item) keeps small work on the calling thread. What an item computes must not depend on where the parts
-// begin.
+// item) keeps small work on the calling thread. Parts are taken in order and shrink towards the end, so that
+// a thread that was held up leaves its share to the others. What an item computes must not depend on where
+// the parts begin.
 template <class F>
 void parallel_for(int64_t n, int64_t cost, const F& f) {
   constexpr int64_t kWorthAThread = 1 << 16;
   if (n <= 0) return;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(cost, 1));
-  if (n <= grain) return f(0, n);
-  torch::stable::parallel_for(0, n, grain, f);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n / grain);
+  if (threads <= 1) return f(0, n);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first = next; first < n;) {
+      const int64_t last = std::min(n, first + std::max(grain, (n - first) / (2 * threads)));
+      if (!next.compare_exchange_weak(first, last)) continue;
+      f(first, last);
+      first = next;
+    }
+  });
 }
 
 }  // namespace segkernels

@@ -85,6 +85,9 @@ struct Sums {
   A *first, *second;
 };
 
+// Matrix products: of vectors (common/gemm.h), by dot products of pairs (AVX-512 BF16), on AMX tiles.
+enum class Engine { fma, dots, tiles };
+
 enum class Stage {
   pack_forward,
   pack_backward,
@@ -111,7 +114,7 @@ struct Call {
   Sums<A> sums1, sums2;  // [groups, R·C], [groups, R·D]
   A* dv;                 // [groups, R, D, C]: gᵀh
   bool want_dv, want_inner;
-  bool tiles;  // AMX
+  Engine engine;
 };
 
 }  // namespace separable

@@ -3,6 +3,7 @@
 #include "common/tensor.h"
 #if SEGKERNELS_X86
 #include "common/amx.h"
+#include "common/dots.h"
 #endif
 #include "depthwise_conv2d/cpu.h"
 #include "separable_conv2d/call.h"
@@ -17,18 +18,20 @@ using namespace separable;
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// AMX multiplies bfloat16 and, on some machines, float16. A lowered instruction set (SEGKERNELS_ISA) does
-// without.
+// What multiplies numbers of type T. A lowered instruction set (SEGKERNELS_ISA) does without tiles;
+// "avx512_bf16" keeps the dot products.
 template <class T>
-bool has_tiles() {
+Engine engine_of() {
 #if SEGKERNELS_X86
   if constexpr (sizeof(T) == 2) {
-    static const bool has =
-        isa() == Isa::avx512 && !std::getenv("SEGKERNELS_ISA") && amx::cpu_has(std::is_same_v<T, float16>);
-    return has;
+    constexpr bool half = std::is_same_v<T, float16>;
+    const char* wish = std::getenv("SEGKERNELS_ISA");
+    if (isa() != Isa::avx512) return Engine::fma;
+    if (!wish && amx::cpu_has(half)) return Engine::tiles;
+    if (!half && (!wish || !std::strcmp(wish, "avx512_bf16")) && dots::cpu_has()) return Engine::dots;
   }
 #endif
-  return false;
+  return Engine::fma;
 }
 
 template <class A>
@@ -138,7 +141,8 @@ struct Prepared {
       w = pack_depthwise_weights(call.w, g.R, g.C, g.taps());
       call.w = w.data();
     }
-    call.tiles = has_tiles<T>();
+    static const Engine engine = engine_of<T>();
+    call.engine = engine;
   }
 
   // v, its rows times scale where given, packed for the products.

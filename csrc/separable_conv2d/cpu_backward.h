@@ -176,23 +176,27 @@ int64_t weight_bytes(const Sizes& s, bool backward) {
   return s.channels_last ? weight_bytes<E, true>(s, backward) : weight_bytes<E, false>(s, backward);
 }
 
+// Calls f with what multiplies in this call, as a type.
+template <class T, class F>
+auto by_engine(const Call<T>& call, const F& f) {
+#if SEGKERNELS_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 2)
+    if (call.engine == Engine::tiles) return f(Narrow<std::is_same_v<T, float16>, true>());
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (call.engine == Engine::dots) return f(Narrow<false, false>());
+#endif
+  return f(Fma<acc_t<T>>());
+}
+
 // The items [first, last) of a stage.
 template <class T>
 void run(Stage stage, const Call<T>& call, int64_t first, int64_t last) {
-#if SEGKERNELS_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 2)
-    if (call.tiles) return run_with<Tiled<std::is_same_v<T, float16>>>(stage, call, first, last);
-#endif
-  run_with<Fma<acc_t<T>>>(stage, call, first, last);
+  by_engine(call, [&](auto engine) { run_with<decltype(engine)>(stage, call, first, last); });
 }
 // Bytes of a slot of packed weights.
 template <class T>
 int64_t weight_bytes(const Call<T>& call, bool backward) {
-#if SEGKERNELS_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 2)
-    if (call.tiles) return weight_bytes<Tiled<std::is_same_v<T, float16>>>(call.sizes, backward);
-#endif
-  return weight_bytes<Fma<acc_t<T>>>(call.sizes, backward);
+  return by_engine(call, [&](auto engine) { return weight_bytes<decltype(engine)>(call.sizes, backward); });
 }
 
 }  // namespace SEGKERNELS_ISA

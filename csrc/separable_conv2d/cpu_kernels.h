@@ -20,11 +20,10 @@ template <class T>
 void depthwise_tile_last(const Call<T>& call, Tile tile, int64_t rate, int64_t c0, int64_t c1, Matrix<T> d) {
   const ForwardPlan& f = *call.plan;
   const int64_t W = call.sizes.W_out;
-  const Identity identity;
   for (int64_t p = tile.first; p < tile.last;) {
     const int64_t h = p / W, first = p % W, last = std::min(W, first + tile.last - p);
     forward_row(f, call.x + tile.image * f.x.sB, call.w, static_cast<const T*>(nullptr), rate, h, first, last,
-                c0, c1, d.p + (p - tile.first) * d.step, d.step, identity);
+                c0, c1, d.p + (p - tile.first) * d.step, d.step);
     p += last - first;
   }
 }
@@ -54,7 +53,9 @@ void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t
   for (int64_t p = tile.first; p < tile.last;) {
     const int64_t h = p / W, first = p % W, last = std::min(W, first + tile.last - p);
     std::vector<ColumnTap> columns = g.forward_columns(rate);  // of the positions from `first` on
-    for (ColumnTap& t : columns) t = {t.rate, t.b, t.source + s * first, t.begin - first, t.end - first};
+    for (ColumnTap& t : columns)
+      t = {t.rate, t.b, t.source + s * first, std::max(t.begin, first) - first,
+           std::min(t.end, last) - first};
     parts.push_back(
         {h, first, last, p - tile.first, {columns, g.R, last - first, s, ceil_div(g.W(), s)}, {}});
     for (const RowTap* tap = taps.begin(h); tap != taps.end(h); ++tap)
