@@ -43,6 +43,14 @@ inline int64_t slab_of(const Geometry& g, int64_t element_size) {
   return std::max(kLeast, channels / kLeast * kLeast);
 }
 
+// Whether the rows at i and i + 1 of an order are a rate apart and have three row taps each, of which they
+// share two.
+inline bool share_rows(const Geometry& g, const RowTaps& rows, const std::vector<int64_t>& order, int64_t i) {
+  const auto taps = [&](int64_t at) { return rows.end(order[at]) - rows.begin(order[at]); };
+  return g.R == 1 && g.kh() == 3 && g.rows[0].s == 1 && i + 1 < int64_t(order.size()) &&
+         order[i + 1] == order[i] + g.rows[0].r && taps(i) == 3 && taps(i + 1) == 3;
+}
+
 struct ForwardPlan {
   Geometry geometry;
   Map x;
@@ -57,14 +65,6 @@ struct ForwardPlan {
       rows.push_back(geometry.forward_rows(rate));
       runs.push_back(runs_of(geometry.forward_columns(rate), geometry.W_out()));
     }
-  }
-
-  // Whether output row h may be computed together with the one a rate below it: one rate, 3x3, stride 1,
-  // every row of the window inside.
-  bool pairs(int64_t h) const {
-    const Geometry& g = geometry;
-    return g.R == 1 && g.kh() == 3 && g.kw() == 3 && g.rows[0].s == 1 && g.columns[0].s == 1 &&
-           rows[0].end(h) - rows[0].begin(h) == 3;
   }
 };
 
