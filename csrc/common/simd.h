@@ -16,8 +16,8 @@
 //
 //     SEGKERNELS_BY_ISA(simd::forward<T>(args))
 //
-// where `simd` names the best instruction set this machine has (SEGKERNELS_ISA=avx512|avx2|baseline lowers
-// it).
+// where `simd` names the best instruction set this machine has
+// (SEGKERNELS_ISA=avx512_bf16|avx512|avx2|baseline lowers it).
 #pragma once
 
 #include <algorithm>
