@@ -27,7 +27,7 @@ CUT = [
 @pytest.mark.skipif(native.why_not("cpu") is not None, reason="no native library")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", None])
 def test_every_instruction_set(isa: str | None) -> None:
-    """The law of tolerance holds on each; without a wish (None) AMX is used where there is one, else what there is."""
+    """The law of tolerance holds on each; without a wish (None) on the best that there is."""
     environment = {k: v for k, v in os.environ.items() if k != "SEGKERNELS_ISA"}
     done = subprocess.run(
         [sys.executable, "-m", __name__],

@@ -88,6 +88,8 @@ AWKWARD = (
     Case("odd_channels", (2, 17, 7, 9), square(2), bias=True),
     Case("wide", (2, 75, 9, 10), bias=True),
     Case("wide_dilated", (2, 45, 11, 10), ((3, 2),)),
+    Case("wide_one_row_tap", (2, 45, 3, 10), ((3, 2),)),
+    Case("wide_5x3", (2, 45, 11, 10), ((3, 2),), kernel=(5, 3)),
     Case("rate_beyond_map", (1, 8, 5, 6), ((7, 3),)),
     Case("anisotropic", (2, 6, 15, 25), ((6, 21),)),
     Case("several_rates", (2, 9, 11, 8), ((1, 1), (3, 2), (12, 5)), bias=True),
