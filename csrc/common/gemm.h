@@ -152,6 +152,7 @@ struct Fma {
 #if SEGKERNELS_VECTOR_BYTES == 64
 template <bool kHalf, bool kTiles>
 struct Narrow {
+  static_assert(kTiles || !kHalf, "dot products are of bfloat16 alone");
   using Acc = float;
   using Left = const uint16_t*;
   using Right = const uint16_t*;
