@@ -157,25 +157,24 @@ def depthwise_conv2d(
     block_n, block_c = layouts.tile_shape(C, Ho * Wo, x.element_size(), last, 2048)
     block_n = layouts.window_pixels(block_n, block_c, 4, x, align)
     tile_count = triton.cdiv(Ho * Wo, block_n) * x.size(0)
-    with torch.cuda.device_of(x):
-        depthwise_conv2d_forward_kernel[(R * tile_count, triton.cdiv(C, block_c))](
-            x,
-            layouts.taps_major(w),
-            None if b is None else b.contiguous(),
-            *(y, C, (x.size(2), x.size(3)), (Ho, Wo)),
-            *(x.stride(), layouts.map_strides(y)),
-            tuple(stride),
-            layouts.rate_geometry(padding, dilation),
-            R=R,
-            KH=KH,
-            KW=KW,
-            ACC=layouts.triton_type(x),
-            ALIGN=align,
-            CHANNELS_LAST=last,
-            BLOCK_N=block_n,
-            BLOCK_C=block_c,
-            num_warps=4,
-        )
+    depthwise_conv2d_forward_kernel[(R * tile_count, triton.cdiv(C, block_c))](
+        x,
+        layouts.taps_major(w),
+        None if b is None else b.contiguous(),
+        *(y, C, (x.size(2), x.size(3)), (Ho, Wo)),
+        *(x.stride(), layouts.map_strides(y)),
+        tuple(stride),
+        layouts.rate_geometry(padding, dilation),
+        R=R,
+        KH=KH,
+        KW=KW,
+        ACC=layouts.triton_type(x),
+        ALIGN=align,
+        CHANNELS_LAST=last,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
     return y
 
 
@@ -203,30 +202,29 @@ def depthwise_conv2d_backward(
     dw = x.new_empty((shares, R, KH * KW, C), dtype=acc) if need[1] else None
     db = x.new_empty((shares, R, C), dtype=acc) if need[2] else None
     if shares * C > 0:
-        with torch.cuda.device_of(x):
-            depthwise_conv2d_backward_kernel[(shares, triton.cdiv(C, block_c))](
-                dy,
-                x,
-                layouts.taps_major(w),
-                dx,
-                dw,
-                db,
-                *(C, (H, W), (Ho, Wo)),
-                *(dy.stride(), x.stride()),
-                (0, 0, 0) if dx is None else layouts.map_strides(dx),
-                tuple(stride),
-                layouts.rate_geometry(padding, dilation),
-                walk,
-                R=R,
-                KH=KH,
-                KW=KW,
-                ACC=layouts.triton_type(x),
-                ALIGN=align,
-                CHANNELS_LAST=last,
-                BLOCK_N=block_n,
-                BLOCK_C=block_c,
-                num_warps=4,
-            )
+        depthwise_conv2d_backward_kernel[(shares, triton.cdiv(C, block_c))](
+            dy,
+            x,
+            layouts.taps_major(w),
+            dx,
+            dw,
+            db,
+            *(C, (H, W), (Ho, Wo)),
+            *(dy.stride(), x.stride()),
+            (0, 0, 0) if dx is None else layouts.map_strides(dx),
+            tuple(stride),
+            layouts.rate_geometry(padding, dilation),
+            walk,
+            R=R,
+            KH=KH,
+            KW=KW,
+            ACC=layouts.triton_type(x),
+            ALIGN=align,
+            CHANNELS_LAST=last,
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
     return (
         x.new_empty(0) if dx is None else dx,
         x.new_empty(0) if dw is None else layouts.channels_major(dw.sum(0), KH, KW).to(x.dtype),

@@ -187,20 +187,19 @@ def normalise_backward(
     parts = layouts.partial_sums(dy, sums, tile_count, C)
     strides = [(0, 0, 0) if a is None else layouts.map_strides(a) for a in (dy, t, out)]
     if dy.numel() > 0:
-        with torch.cuda.device_of(dy):
-            separable_conv2d_normalise_backward_kernel[(tile_count, triton.cdiv(C, block_c))](
-                *(dy, t, *stage, *means, out),
-                *(*parts, None, None)[:2],
-                *(C, N),
-                *strides,
-                ACT=act,
-                ACC=layouts.triton_type(dy),
-                ALIGN=layouts.alignment(last, C, *(s for a in strides for s in (a[0], a[2]))),
-                CHANNELS_LAST=last,
-                BLOCK_N=block_n,
-                BLOCK_C=block_c,
-                num_warps=4,
-            )
+        separable_conv2d_normalise_backward_kernel[(tile_count, triton.cdiv(C, block_c))](
+            *(dy, t, *stage, *means, out),
+            *(*parts, None, None)[:2],
+            *(C, N),
+            *strides,
+            ACT=act,
+            ACC=layouts.triton_type(dy),
+            ALIGN=layouts.alignment(last, C, *(s for a in strides for s in (a[0], a[2]))),
+            CHANNELS_LAST=last,
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
     return [part.sum(0) for part in parts]
 
 
@@ -224,23 +223,22 @@ def pointwise_backward(
     parts = layouts.partial_sums(d, 2 * sums, tile_count, R * C)
     strides = layouts.map_strides(g), layouts.map_strides(d)
     if d.numel() > 0:
-        with torch.cuda.device_of(d):
-            separable_conv2d_pointwise_backward_kernel[(R * tile_count, triton.cdiv(C, block_c))](
-                *(g, v.contiguous(), d, *inner, out),
-                *(parts or (None, None)),
-                *(C, D, N),
-                *strides,
-                R=R,
-                ACT=act,
-                SCALED=scaled,
-                ACC=layouts.triton_type(d),
-                ALIGN=layouts.alignment(last, C, D, strides[0][0], strides[0][2]),
-                CHANNELS_LAST=last,
-                BLOCK_N=block_n,
-                BLOCK_C=block_c,
-                BLOCK_D=block_d,
-                num_warps=warps,
-            )
+        separable_conv2d_pointwise_backward_kernel[(R * tile_count, triton.cdiv(C, block_c))](
+            *(g, v.contiguous(), d, *inner, out),
+            *(parts or (None, None)),
+            *(C, D, N),
+            *strides,
+            R=R,
+            ACT=act,
+            SCALED=scaled,
+            ACC=layouts.triton_type(d),
+            ALIGN=layouts.alignment(last, C, D, strides[0][0], strides[0][2]),
+            CHANNELS_LAST=last,
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            BLOCK_D=block_d,
+            num_warps=warps,
+        )
     return out, [part.sum(0) for part in parts]
 
 
@@ -259,21 +257,20 @@ def weight_backward(
     )
     strides = layouts.map_strides(g), layouts.map_strides(d)
     if m.numel() > 0:
-        with torch.cuda.device_of(d):
-            separable_conv2d_weight_backward_kernel[
-                (m.size(0), R * triton.cdiv(D, block_d), triton.cdiv(C, block_c))
-            ](
-                *(g, d, *inner, m, B, C, D, N),
-                *strides,
-                walk,
-                R=R,
-                ACT=act,
-                ACC=layouts.triton_type(d),
-                ALIGN=layouts.alignment(last, C, D, strides[0][0], strides[0][2]),
-                CHANNELS_LAST=last,
-                BLOCK_N=block_n,
-                BLOCK_C=block_c,
-                BLOCK_D=block_d,
-                num_warps=warps,
-            )
+        separable_conv2d_weight_backward_kernel[
+            (m.size(0), R * triton.cdiv(D, block_d), triton.cdiv(C, block_c))
+        ](
+            *(g, d, *inner, m, B, C, D, N),
+            *strides,
+            walk,
+            R=R,
+            ACT=act,
+            ACC=layouts.triton_type(d),
+            ALIGN=layouts.alignment(last, C, D, strides[0][0], strides[0][2]),
+            CHANNELS_LAST=last,
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            BLOCK_D=block_d,
+            num_warps=warps,
+        )
     return m.sum(0)

@@ -217,23 +217,22 @@ def depthwise(
     tile_count = triton.cdiv(N, block_n) * x.size(0)
     parts = layouts.partial_sums(x, 2, tile_count, R * C)
     if d.numel() > 0:
-        with torch.cuda.device_of(x):
-            separable_conv2d_depthwise_kernel[(R * tile_count, triton.cdiv(C, block_c))](
-                *(x, layouts.taps_major(w), d, *parts),
-                *(C, (x.size(2), x.size(3)), size),
-                *(x.stride(), layouts.map_strides(d)),
-                tuple(stride),
-                layouts.rate_geometry(padding, dilation),
-                R=R,
-                KH=KH,
-                KW=KW,
-                ACC=layouts.triton_type(x),
-                ALIGN=align,
-                CHANNELS_LAST=last,
-                BLOCK_N=block_n,
-                BLOCK_C=block_c,
-                num_warps=4,
-            )
+        separable_conv2d_depthwise_kernel[(R * tile_count, triton.cdiv(C, block_c))](
+            *(x, layouts.taps_major(w), d, *parts),
+            *(C, (x.size(2), x.size(3)), size),
+            *(x.stride(), layouts.map_strides(d)),
+            tuple(stride),
+            layouts.rate_geometry(padding, dilation),
+            R=R,
+            KH=KH,
+            KW=KW,
+            ACC=layouts.triton_type(x),
+            ALIGN=align,
+            CHANNELS_LAST=last,
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
     return d, *merge_moments(parts, x.size(0), N, block_n)
 
 
@@ -270,32 +269,31 @@ def pointwise(
     parts = layouts.partial_sums(source, 0 if eps2 is None else 2, tile_count, R * D)
     if out.numel() == 0:
         return out, parts, block_n
-    with torch.cuda.device_of(source):
-        separable_conv2d_pointwise_kernel[(R * tile_count, triton.cdiv(D, block_d))](
-            source,
-            layouts.taps_major(w) if eps1 is None else None,
-            v.contiguous(),
-            *inner,
-            *outer,
-            out,
-            *(parts or (None, None)),
-            *(C, D, (source.size(2), source.size(3)), size),
-            *(strides, layouts.map_strides(out)),
-            tuple(stride),
-            layouts.rate_geometry(padding, dilation),
-            R=R,
-            KH=w.size(2),
-            KW=w.size(3),
-            ACT1=act1,
-            ACT2=act2,
-            ACC=layouts.triton_type(source),
-            ALIGN=align,
-            CHANNELS_LAST=last,
-            BLOCK_N=block_n,
-            BLOCK_C=block_c,
-            BLOCK_D=block_d,
-            num_warps=warps,
-        )
+    separable_conv2d_pointwise_kernel[(R * tile_count, triton.cdiv(D, block_d))](
+        source,
+        layouts.taps_major(w) if eps1 is None else None,
+        v.contiguous(),
+        *inner,
+        *outer,
+        out,
+        *(parts or (None, None)),
+        *(C, D, (source.size(2), source.size(3)), size),
+        *(strides, layouts.map_strides(out)),
+        tuple(stride),
+        layouts.rate_geometry(padding, dilation),
+        R=R,
+        KH=w.size(2),
+        KW=w.size(3),
+        ACT1=act1,
+        ACT2=act2,
+        ACC=layouts.triton_type(source),
+        ALIGN=align,
+        CHANNELS_LAST=last,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
     return out, parts, block_n
 
 
@@ -307,15 +305,14 @@ def merge_moments(
     C = means.size(1)
     mean, var = means.new_zeros(C), means.new_zeros(C)
     if means.numel() > 0:
-        with torch.cuda.device_of(means):
-            separable_conv2d_moments_kernel[(triton.cdiv(C, 32),)](
-                *(means, m2s, mean, var, B, C, N),
-                TILE=tile,
-                ACC=layouts.triton_type(means),
-                BLOCK_T=64,
-                BLOCK_C=32,
-                num_warps=4,
-            )
+        separable_conv2d_moments_kernel[(triton.cdiv(C, 32),)](
+            *(means, m2s, mean, var, B, C, N),
+            TILE=tile,
+            ACC=layouts.triton_type(means),
+            BLOCK_T=64,
+            BLOCK_C=32,
+            num_warps=4,
+        )
     return mean, var
 
 
@@ -327,18 +324,17 @@ def activate(o: torch.Tensor, outer: layouts.Normaliser, act: str) -> torch.Tens
     if o.numel() == 0:
         return y
     block_n, block_c = layouts.tile_shape(C, N, o.element_size(), last, 2048)
-    with torch.cuda.device_of(o):
-        separable_conv2d_activation_kernel[
-            (triton.cdiv(N, block_n) * o.size(0), triton.cdiv(C, block_c))
-        ](
-            *(o, *outer, y, C, N),
-            *(layouts.map_strides(o), layouts.map_strides(y)),
-            ACT=act,
-            ACC=layouts.triton_type(o),
-            ALIGN=layouts.alignment(last, C),
-            CHANNELS_LAST=last,
-            BLOCK_N=block_n,
-            BLOCK_C=block_c,
-            num_warps=4,
-        )
+    separable_conv2d_activation_kernel[
+        (triton.cdiv(N, block_n) * o.size(0), triton.cdiv(C, block_c))
+    ](
+        *(o, *outer, y, C, N),
+        *(layouts.map_strides(o), layouts.map_strides(y)),
+        ACT=act,
+        ACC=layouts.triton_type(o),
+        ALIGN=layouts.alignment(last, C),
+        CHANNELS_LAST=last,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
     return y
