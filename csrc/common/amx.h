@@ -73,7 +73,7 @@ inline void multiply_accumulate() {  // tmm0..3 += (tmm4, tmm5) · (tmm6, tmm7)
 template <bool kHalf>
 __attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t k, const uint16_t* a, const uint16_t* b,
                                         float* c, int64_t ldc, bool add) {
-  const int64_t kp = packing::round_up(k, 32), a_stride = kp * 2, c_stride = ldc * 4;
+  const int64_t kp = round_up(k, 32), a_stride = kp * 2, c_stride = ldc * 4;
   for (int64_t j = 0; j < n; j += 32)
     for (int64_t i = 0; i < m; i += 32) {
       float* c0 = c + i * ldc + j;

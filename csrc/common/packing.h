@@ -8,12 +8,10 @@
 
 #include <immintrin.h>
 
-#include <cstdint>
+#include "common/simd.h"
 
 namespace segkernels {
 namespace packing {
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")

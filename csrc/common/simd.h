@@ -38,6 +38,8 @@
 
 namespace segkernels {
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 struct bfloat16 {
   uint16_t bits;
 };

@@ -151,7 +151,7 @@ void slide_rows(const BackwardPlan& f, const T* x, const T* dy, const T* w, T* d
   const Geometry& g = f.geometry;
   const int64_t p = g.columns[0].p, r = g.columns[0].r, W = g.W(), down = two ? g.rows[0].r : 0;
   Sliding<T> t{{}, {}, g.W_out(), f.dy.sW, g.C, r};
-  t.read(begin, end, dy, f.dy.sH, [&](int64_t a) { return w + a * 3 * g.C; });
+  t.read(begin, end, dy, f.dy.sH, w);
   BackwardRows<T> rows{x,   dx,       {},         f.x.sW,           -down * f.x.sH,
                        g.C, -dx_down, f.padded_C, f.next * f.dy.sH, f.next * f.x.sH};
   for (const RowTap* tap = begin; tap < end && sums; ++tap)

@@ -9,7 +9,8 @@
 //   backward_rows(f, x, dy, w, dx, sums, first, last, c0, c1)
 //       one pass that makes dX and the partial sums of dW and db; dy is any map [B, R·C, H', W'] with dense
 //       channels.
-// Weights come packed as w[ρ·k_h·k_w + a·k_w + b][c] (pack_weights in cpu.cpp), biases as bias[ρ·C + c].
+// Weights come packed as w[ρ·k_h·k_w + a·k_w + b][c] (pack_depthwise_weights in cpu.h), biases as bias[ρ·C +
+// c].
 
 namespace segkernels {
 namespace {
@@ -153,12 +154,11 @@ struct Sliding {
   const T* w[3];       // column tap 0, channel c0; w_step from tap to tap
   int64_t columns, step, w_step, r;
 
-  // The row taps of one row of outputs.
-  template <class W>
-  void read(const RowTap* begin, const RowTap* end, const T* map, int64_t row_step, const W& weights) {
+  // The row taps of one row of outputs; `weights` of tap (0, 0).
+  void read(const RowTap* begin, const RowTap* end, const T* map, int64_t row_step, const T* weights) {
     for (const RowTap* tap = begin; tap < end; ++tap) {
       source[tap - begin] = map + tap->row * row_step;
-      w[tap - begin] = weights(tap->a);
+      w[tap - begin] = weights + tap->a * 3 * w_step;
     }
   }
 };
@@ -228,7 +228,7 @@ bool slide_rows(const ForwardPlan& f, const T* x, const T* w, const T* bias, int
   const RowTap *begin = f.rows[rate].begin(h), *end = f.rows[rate].end(h);
   if (g.kw() != 3 || columns.s != 1 || c1 - c0 < Pair<T>::lanes || end - begin > 3) return false;
   Sliding<T> t{{}, {}, columns.in, f.x.sW, g.C, columns.r};
-  t.read(begin, end, x + c0, f.x.sH, [&](int64_t a) { return w + (rate * g.taps() + a * 3) * g.C + c0; });
+  t.read(begin, end, x + c0, f.x.sH, w + rate * g.taps() * g.C + c0);
   const int64_t column = first - columns.p, n = last - first;
   if (two) {
     t.source[3] = x + c0 + (end[-1].row + g.rows[rate].r) * f.x.sH;

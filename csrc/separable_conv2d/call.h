@@ -22,7 +22,6 @@ namespace separable {
 
 constexpr int64_t kPixels = 128, kChannels = 256;
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Rows of a tile an odd number of cache lines apart, so that they do not fall into the same sets of the L1
 // cache.
 inline int64_t row_step(int64_t n) { return round_up(n, 32) + 16; }
