@@ -25,7 +25,7 @@ template <class A>
 struct Columns {
   int64_t vectors, block;                   // block: vectors of a tile
   std::vector<Mask> masks;                  // [vector] inside the row, then [tap][vector]
-  std::vector<std::vector<PlaneTap>> taps;  // [rate]
+  std::vector<std::vector<PlaneTap>> taps;  // [rate], of a tile [row tap]
 
   // `rows` rows of n columns; `step` columns of the source from one position to the next; parts of a source
   // plane are `part` numbers apart.
@@ -40,6 +40,27 @@ struct Columns {
       mask += vectors;
       taps[tap.rate].push_back({(tap.source - column * step) * part + column, tap.b, mask});
       for (int64_t row = 0; row < rows; ++row) add_lanes(row * n + tap.begin, row * n + tap.end, mask);
+    }
+  }
+
+  // The pixels [first, last) of an image as one row, where the source has rows of the same width W and is
+  // read at stride 1.
+  Columns(const Axis& rows, const std::vector<ColumnTap>& column_taps, int64_t W, int64_t first, int64_t last)
+      : vectors(ceil_div(last - first, Vec<A>::lanes)), taps(rows.k) {
+    masks.resize((rows.k * column_taps.size() + 1) * vectors);
+    block = ceil_div(vectors, ceil_div(vectors, kMaxVectors));
+    Mask* mask = masks.data();
+    add_lanes(0, last - first, mask);
+    for (int64_t a = 0; a < rows.k; ++a) {
+      const int64_t down = a * rows.r - rows.p;
+      const int64_t begin = std::max(first / W, -down), end = std::min(ceil_div(last, W), rows.in - down);
+      for (const ColumnTap& tap : column_taps) {
+        mask += vectors;
+        if (begin < end) taps[a].push_back({tap.source, tap.b, mask});
+        for (int64_t h = begin; h < end; ++h)
+          add_lanes(std::max(h * W + tap.begin, first) - first, std::min(h * W + tap.end, last) - first,
+                    mask);
+      }
     }
   }
 

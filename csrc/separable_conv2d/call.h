@@ -1,10 +1,10 @@
 // One call of the fused separable convolution as its CPU kernels see it: sizes, how the work is cut, and
 // where things lie.
 //
-// A tile is a range of at most kPixels output pixels of one image; channels of d and h are taken kChannels at
-// a time. A tile of d or h is a small matrix in the L2 cache, [pixels][channels] in channels_last and
-// [channels][pixels] in NCHW. How the work is cut depends on the sizes alone, so results depend neither on
-// the number of threads nor (forward) on the batch.
+// A tile is a range of at most kPixels output pixels of one image, cut at multiples of kUnit; channels of d
+// and h are taken kChannels at a time. A tile of d or h is a small matrix in the L2 cache, [pixels][channels]
+// in channels_last and [channels][pixels] in NCHW. How the work is cut depends on the sizes alone, so results
+// depend neither on the number of threads nor (forward) on the batch.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +21,7 @@ namespace segkernels {
 namespace separable {
 
 constexpr int64_t kPixels = 128, kChannels = 256;
+constexpr int64_t kUnit = 32;  // pixels that matrix products take at once
 
 // Rows of a tile an odd number of cache lines apart, so that they do not fall into the same sets of the L1
 // cache.
@@ -36,11 +37,18 @@ struct Sizes {
   bool channels_last;
 
   int64_t pixels() const { return H_out * W_out; }
-  int64_t image_tiles() const { return (pixels() + kPixels - 1) / kPixels; }
+  int64_t units() const { return (pixels() + kUnit - 1) / kUnit; }
+  int64_t image_tiles() const {  // even, so that two threads share an image of few tiles evenly
+    const int64_t n = (units() * kUnit + kPixels - 1) / kPixels;
+    return std::min(units(), n + n % 2);
+  }
   int64_t tiles() const { return B * image_tiles(); }
-  Tile tile(int64_t t) const {  // tiles of an image differ by at most one pixel
-    const int64_t n = image_tiles(), i = t % n;
-    return {t / n, i * pixels() / n, (i + 1) * pixels() / n};
+  Tile tile(int64_t t) const {  // the larger ones first: the last ones even out what threads have left to do
+    const int64_t n = image_tiles(), i = t % n, size = units() / n, larger = units() % n;
+    const auto bound = [&](int64_t at) {
+      return std::min(pixels(), (at * size + std::min(at, larger)) * kUnit);
+    };
+    return {t / n, bound(i), bound(i + 1)};
   }
   int64_t chunks() const { return (C + kChannels - 1) / kChannels; }
   int64_t chunk_begin(int64_t i) const { return i * kChannels; }

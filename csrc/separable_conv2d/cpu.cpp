@@ -128,10 +128,9 @@ struct Prepared {
   using A = acc_t<T>;
   Call<T> call{};
   std::vector<T> w;
-  std::vector<A> v;
-  Tensor weights;
+  Tensor v, weights;
 
-  explicit Prepared(const Operands& o) : weights(o.none()) {
+  explicit Prepared(const Operands& o) : v(o.none()), weights(o.none()) {
     const Geometry& g = o.plan.geometry;
     call.sizes = o.sizes;
     call.plan = &o.plan;
@@ -153,12 +152,12 @@ struct Prepared {
     if constexpr (std::is_same_v<A, T>)
       if (!scale) call.v = from;
     if (!call.v) {
-      v.resize(s.R * s.D * s.C + 64);
-      SEGKERNELS_BY_ISA(simd::widen_row<A>(from, s.R * s.D * s.C, v.data()))
-      if (scale)
-        for (int64_t i = 0; i < s.R * s.D; ++i)
-          for (int64_t c = 0; c < s.C; ++c) v[i * s.C + c] *= scale[i];
-      call.v = v.data();
+      v = empty(o.x, {s.R, s.D, s.C}, acc_type(o.x.scalar_type()));
+      A* to = mutable_data<A>(v);
+      SEGKERNELS_BY_ISA(simd::widen_row<A>(from, s.R * s.D * s.C, to))
+      for (int64_t i = 0; scale && i < s.R * s.D; ++i)
+        for (int64_t c = 0; c < s.C; ++c) to[i * s.C + c] *= scale[i];
+      call.v = to;
     }
     SEGKERNELS_BY_ISA(call.weight_bytes = simd::weight_bytes(call, backward))
     weights = empty(o.x, {s.R * s.chunks() * call.weight_bytes}, ScalarType::Byte);

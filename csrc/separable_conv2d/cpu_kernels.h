@@ -28,6 +28,41 @@ void depthwise_tile_last(const Call<T>& call, Tile tile, int64_t rate, int64_t c
   }
 }
 
+// NCHW, d[channel − c0][pixel], where the rows of x follow one another and are as wide as those of d: a tile
+// is one long row.
+template <class T>
+void depthwise_tile_dense(const Call<T>& call, Tile tile, int64_t rate, int64_t c0, int64_t c1, Matrix<T> d) {
+  using A = acc_t<T>;
+  const ForwardPlan& f = *call.plan;
+  const Geometry& g = f.geometry;
+  const Axis &rows = g.rows[rate], &columns = g.columns[rate];
+  const int64_t W = g.W(), size = g.H() * W, n = tile.size(), left = columns.p,
+                line = left + n + (columns.k - 1) * columns.r;  // what a row tap reads, at most
+  const Columns<A> pixels(rows, g.forward_columns(rate), W, tile.first, tile.last);
+  std::vector<A> memory(std::is_same_v<A, T> ? 0 : rows.k * line);
+  A weights[kMaxKernel * kMaxKernel];
+  std::vector<RowGroup<A>> groups;
+  for (int64_t a = 0; a < rows.k; ++a)
+    if (!pixels.taps[a].empty()) groups.push_back({{}, weights + a * g.kw(), nullptr, 0, &pixels.taps[a]});
+  for (int64_t c = c0; c < c1; ++c) {
+    const T* x = call.x + tile.image * f.x.sB + c * f.x.sC;
+    widen_row<A>(call.w + (rate * g.C + c) * g.taps(), g.taps(), weights);
+    for (RowGroup<A>& group : groups) {
+      const int64_t a = (group.w - weights) / g.kw(), at = tile.first + (a * rows.r - rows.p) * W;
+      if (c + 1 < c1) prefetch(x + f.x.sC + at, n);  // planes are too far apart for the hardware to foresee
+      if constexpr (std::is_same_v<A, T>) {
+        group.source[0] = x + at;
+      } else {
+        A* to = memory.data() + a * line;
+        const int64_t begin = std::max<int64_t>(0, at - left), end = std::min(size, at - left + line);
+        widen_row<A>(x + begin, end - begin, to + begin - (at - left));
+        group.source[0] = to + left;
+      }
+    }
+    sum_rows<1, 1>(pixels, groups, A(0), d.p + (c - c0) * d.step, 0, 1);
+  }
+}
+
 // The part of a tile in one row of the output: pixels [first, last) of row h, for NCHW.
 template <class A>
 struct RowPart {
@@ -36,7 +71,7 @@ struct RowPart {
   std::vector<RowGroup<A>> sources;
 };
 
-// NCHW: d[channel − c0][pixel]. Rows of x that cannot be read in place are widened one by one.
+// NCHW in general. Rows of x that cannot be read in place are widened one by one.
 template <class T>
 void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t c0, int64_t c1,
                            Matrix<T> d) {
@@ -85,6 +120,9 @@ void depthwise_tile(const Call<T>& call, Tile tile, int64_t rate, int64_t chunk,
   const int64_t c0 = call.sizes.chunk_begin(chunk), c1 = call.sizes.chunk_end(chunk);
   if constexpr (kLast)
     depthwise_tile_last(call, tile, rate, c0, c1, d);
+  else if (const Geometry& g = call.plan->geometry;
+           g.rows[rate].s == 1 && g.columns[rate].s == 1 && g.W() == g.W_out() && call.plan->x.sH == g.W())
+    depthwise_tile_dense(call, tile, rate, c0, c1, d);
   else
     depthwise_tile_planes(call, tile, rate, c0, c1, d);
 }
