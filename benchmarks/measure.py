@@ -63,6 +63,11 @@ class Row:
         return OURS in self.seconds
 
     @property
+    def speed(self) -> float:
+        """Operations per second."""
+        return self.flops / self.seconds[OURS]["median"]
+
+    @property
     def bandwidth(self) -> float:
         """Bytes per second that the least traffic of the work amounts to in our time."""
         return self.bytes / self.seconds[OURS]["median"]

@@ -16,7 +16,8 @@ from segkernels.console import print_table
 SCHEMA = 1
 HEADER = (
     "case", "dtype", "layout", "mode", "backend", "time ms", "× eager", "× best eager",
-    "× compile", "GB/s", "% copy", "extra MB ours/eager", "saved MB ours/eager", "error ours/eager",
+    "× compile", "GFLOP/s", "GB/s", "% copy", "extra MB ours/eager", "saved MB ours/eager",
+    "error ours/eager",
 )  # fmt: skip
 GOAL_HEADER = ("goal", "mode", "needs", "has", "range", "at minimum", "verdict")
 NOTES = (
@@ -34,7 +35,7 @@ def cells(row: Row) -> tuple[str, ...]:
     name = (row.case, row.dtype, row.layout, row.mode, row.backend)
     error = _pair(row.errors, "{:.1e}".format)
     if not row.timed:
-        return (*name, row.note or "not measured", *("",) * 7, error)
+        return (*name, row.note or "not measured", *("",) * 8, error)
     seconds = row.seconds[OURS]
     low, high = seconds["low"] * 1e3, seconds["high"] * 1e3
     extra = {n: m["peak"] - m["result"] for n, m in row.memory.items()}
@@ -44,6 +45,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _times(row.ratio(EAGER)),
         _times(row.ratio("best eager")),
         _times(row.ratio(COMPILED)),
+        f"{row.speed / 1e9:.1f}",
         f"{row.bandwidth / 1e9:.1f}",
         f"{row.copy_share * 100:.0f}",
         _pair(extra, _megabytes),
@@ -72,9 +74,9 @@ def print_report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
     names = HEADER[:5]
     for op, group in _by_operator(rows):
         table = [cells(row) for row in group]
-        print_table(op, HEADER[:11], [line[:11] for line in table])
-        rest = [line[:5] + line[11:] for line in table]
-        print_table(f"{op}: memory and accuracy", names + HEADER[11:], rest)
+        print_table(op, HEADER[:12], [line[:12] for line in table])
+        rest = [line[:5] + line[12:] for line in table]
+        print_table(f"{op}: memory and accuracy", names + HEADER[12:], rest)
     if verdicts:
         print_table("goals", GOAL_HEADER, [goal_cells(v) for v in verdicts])
 

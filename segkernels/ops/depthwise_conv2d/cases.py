@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from segkernels.ops.geometry import Pair, square
+from segkernels.ops.geometry import Padding, Pair, square
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Case:
     rates: tuple[Pair, ...] = ((1, 1),)
     kernel: Pair = (3, 3)
     stride: Pair = (1, 1)
+    padding: Padding = "same"
     bias: bool = False
 
     def inputs(
@@ -46,6 +47,7 @@ class Case:
             "weight": draw(*lead, 1, *self.kernel) / math.sqrt(math.prod(self.kernel)),
             "bias": draw(*lead) if self.bias else None,
             "stride": self.stride,
+            "padding": self.padding,
             "dilation": list(self.rates) if several else self.rates[0],
         }
 
@@ -56,7 +58,8 @@ class Case:
         return max(math.prod(self.kernel), b * h * w)
 
     def cost(self, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-        """mode -> (operations, fewest bytes moved): each map read or written once."""
+        """mode -> (operations, fewest bytes moved): each map read or written once.
+        The papers' cases pad to the same size."""
         b, c, h, w = self.shape
         maps = b * c * h * w
         out = len(self.rates) * b * c * -(-h // self.stride[0]) * -(-w // self.stride[1])
@@ -101,5 +104,8 @@ AWKWARD = (
     Case("wide_stride_2", (2, 3, 19, 70), stride=(2, 2)),
     Case("dilated_stride_2", (1, 4, 21, 37), ((2, 3),), stride=(2, 2)),
     Case("stride_1x2", (1, 20, 6, 9), square(3), stride=(1, 2)),
+    Case("no_padding", (2, 33, 9, 12), ((2, 3),), padding=0),
+    Case("padding_beyond", (2, 34, 6, 7), ((2, 1),), padding=(4, 3)),
+    Case("padded_stride_2", (1, 5, 9, 10), stride=(2, 2), padding=(0, 2)),
     Case("empty_batch", (0, 4, 5, 5), bias=True),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from segkernels.fused import accumulation_dtype
-from segkernels.ops.geometry import Pair, square
+from segkernels.ops.geometry import Padding, Pair, square
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Case:
     rates: tuple[Pair, ...] = ((1, 1),)
     kernel: Pair = (3, 3)
     stride: Pair = (1, 1)
+    padding: Padding = "same"
     affine: tuple[bool, bool] = (True, True)
     activation: tuple[str | None, str | None] = ("relu", "relu")
     eps: tuple[float | None, float | None] = (None, None)
@@ -53,6 +54,7 @@ class Case:
             / math.sqrt(math.prod(self.kernel)),
             "pointwise_weight": draw(*lead, self.outputs, channels, 1, 1) / math.sqrt(channels),
             "stride": self.stride,
+            "padding": self.padding,
             "dilation": list(self.rates) if several else self.rates[0],
         }
         for i, (stage, width) in enumerate((("inner", channels), ("outer", self.outputs))):
@@ -75,7 +77,8 @@ class Case:
         return max(c, self.outputs, b * h * w)
 
     def cost(self, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-        """mode -> (operations, fewest bytes moved): x and y once; d and h never."""
+        """mode -> (operations, fewest bytes moved): x and y once; d and h never.
+        The papers' cases pad to the same size."""
         b, c, h, w = self.shape
         pixels = len(self.rates) * b * -(-h // self.stride[0]) * -(-w // self.stride[1])
         work = 2 * pixels * c * (math.prod(self.kernel) + self.outputs)
@@ -120,5 +123,8 @@ AWKWARD = (
     Case("outer_norm_only", (2, 7, 9, 7), 9, affine=(False, True), eps=(None, 1e-5)),
     Case("norm_without_affine", (3, 5, 6, 6), 7, affine=(False, False), eps=_TRAIN),
     Case("kernel_1", (2, 4, 5, 5), 3, kernel=(1, 1)),
+    Case("several_tiles", (2, 5, 15, 17), 6, ((12, 2),)),
+    Case("no_padding_train", (2, 33, 9, 12), 7, ((2, 3),), padding=0, eps=_TRAIN),
+    Case("padding_beyond", (1, 6, 7, 8), 5, padding=(4, 1)),
     Case("empty_batch", (0, 4, 5, 5), 6),
 )
