@@ -41,22 +41,23 @@ void depthwise_tile_dense(const Call<T>& call, Tile tile, int64_t rate, int64_t 
   const Columns<A> pixels(rows, g.forward_columns(rate), W, tile.first, tile.last);
   std::vector<A> memory(std::is_same_v<A, T> ? 0 : rows.k * line);
   A weights[kMaxKernel * kMaxKernel];
-  std::vector<RowGroup<A>> groups;
+  std::vector<RowGroup<A>> groups;  // one a row tap
   for (int64_t a = 0; a < rows.k; ++a)
-    if (!pixels.taps[a].empty()) groups.push_back({{}, weights + a * g.kw(), nullptr, 0, &pixels.taps[a]});
+    groups.push_back({{}, weights + a * g.kw(), nullptr, 0, &pixels.taps[a]});
   for (int64_t c = c0; c < c1; ++c) {
     const T* x = call.x + tile.image * f.x.sB + c * f.x.sC;
     widen_row<A>(call.w + (rate * g.C + c) * g.taps(), g.taps(), weights);
-    for (RowGroup<A>& group : groups) {
-      const int64_t a = (group.w - weights) / g.kw(), at = tile.first + (a * rows.r - rows.p) * W;
+    for (int64_t a = 0; a < rows.k; ++a) {
+      if (pixels.taps[a].empty()) continue;
+      const int64_t at = tile.first + (a * rows.r - rows.p) * W;
       if (c + 1 < c1) prefetch(x + f.x.sC + at, n);  // planes are too far apart for the hardware to foresee
       if constexpr (std::is_same_v<A, T>) {
-        group.source[0] = x + at;
+        groups[a].source[0] = x + at;
       } else {
         A* to = memory.data() + a * line;
         const int64_t begin = std::max<int64_t>(0, at - left), end = std::min(size, at - left + line);
         widen_row<A>(x + begin, end - begin, to + begin - (at - left));
-        group.source[0] = to + left;
+        groups[a].source[0] = to + left;
       }
     }
     sum_rows<1, 1>(pixels, groups, A(0), d.p + (c - c0) * d.step, 0, 1);
