@@ -50,7 +50,9 @@ class SeparableConv2d(nn.Module):
 
     def layers_in_order(self) -> list[Stage]:
         reach = self.conv1.dilation[0] * (self.conv1.kernel_size[0] - 1)
-        return [Pad(reach // 2, reach // 2), self.conv1, self.bn, self.pointwise]
+        before, after = reach // 2, reach - reach // 2  # an even kernel has one more pixel behind
+        pad = Pad(before, before) if before == after else nn.ZeroPad2d((before, after) * 2)
+        return [pad, self.conv1, self.bn, self.pointwise]
 
     def forward(self, x: Tensor) -> Tensor:
         return run(x, self.layers_in_order(), backend=self.backend)
