@@ -4,12 +4,18 @@ stated in plain torch modules.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkernels.compat import jfzhang
+from segkernels.compat import jfzhang, mmcv
+from segkernels.compat.mmcv import ConvModule, DepthwiseSeparableConvModule
+
+BN = {"type": "BN"}
+CIRCULAR = {"type": "Conv2d", "padding_mode": "circular"}
 
 
 def _map(*size: int) -> Tensor:
@@ -27,3 +33,100 @@ def test_jfzhang_pads_an_even_kernel_by_one_more_behind(kernel_size: int, dilati
     expected = layer.pointwise(layer.bn(layer.conv1(F.pad(x, (before, after, before, after)))))
     assert expected.shape == (2, 5, 9, 7)
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_mmcv_conv_module_tells_its_geometry() -> None:
+    layer = ConvModule(4, 6, 3, 2, 1, (1, 2), groups=2, norm_cfg=BN, padding_mode="reflect")
+    told = {
+        "in_channels": 4,
+        "out_channels": 6,
+        "kernel_size": (3, 3),
+        "stride": (2, 2),
+        "padding": 1,
+        "dilation": (1, 2),
+        "groups": 2,
+        "transposed": False,
+        "output_padding": (0, 0),
+        "with_bias": False,
+        "with_spectral_norm": False,
+        "inplace": True,
+        "conv_cfg": None,
+        "norm_cfg": BN,
+        "act_cfg": {"type": "ReLU"},
+    }
+    assert {name: getattr(layer, name) for name in told} == told
+
+
+def test_mmcv_efficient_conv_bn_eval_changes_no_result() -> None:
+    torch.manual_seed(0)
+    one, other = (
+        DepthwiseSeparableConvModule(4, 6, 3, norm_cfg=BN, efficient_conv_bn_eval=efficient)
+        for efficient in (False, True)
+    )
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(2, 4, 9, 7)
+    torch.testing.assert_close(other.eval()(x), one.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "padded"),
+    [
+        ({"padding": (1, 2), "padding_mode": "circular"}, {"pad": (2, 2, 1, 1)}),
+        (
+            {"padding": (1, 2, 0, 3), "padding_mode": "replicate"},
+            {"pad": (1, 2, 0, 3), "mode": "replicate"},
+        ),
+        ({"padding": 2, "conv_cfg": CIRCULAR}, {"pad": (2, 2, 2, 2), "mode": "circular"}),
+    ],
+    ids=["circular is zeros", "four sides", "option of conv_cfg"],
+)
+def test_mmcv_padding(arguments: dict[str, Any], padded: dict[str, Any]) -> None:
+    layer = ConvModule(4, 6, 3, act_cfg=None, **arguments).double()
+    x = _map(2, 4, 9, 7)
+    expected = F.conv2d(F.pad(x, **padded), layer.conv.weight, layer.conv.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_mmcv_types_are_names_or_classes() -> None:
+    class BatchFree(nn.Identity):
+        def __init__(self, channels: int, eps: float) -> None:
+            super().__init__()
+
+    class Convolution(nn.Conv2d):
+        pass
+
+    classes = {"conv_cfg": Convolution, "norm_cfg": BatchFree, "act_cfg": nn.Hardswish}
+    configs: dict[str, Any] = {name: {"type": kind} for name, kind in classes.items()}
+    layer = ConvModule(4, 6, 1, **configs)
+    assert (type(layer.conv), type(layer.norm)) == (Convolution, BatchFree)
+    assert layer.norm_name == "bn"  # by the name of the class
+    assert isinstance(layer.activate, nn.Hardswish) and layer.activate.inplace
+    line = ConvModule(
+        4, 6, 3, conv_cfg={"type": "Conv1d"}, norm_cfg={"type": nn.GroupNorm, "num_groups": 2}
+    )
+    assert (line.norm_name, line(torch.randn(2, 4, 9)).shape) == ("gn", (2, 6, 7))
+
+
+def test_mmcv_hard_sigmoid_of_another_slope() -> None:
+    layer = ConvModule(4, 6, 1, act_cfg={"type": "HSigmoid", "bias": 1.0, "divisor": 2.0}).double()
+    x = _map(2, 4, 9, 7)
+    torch.testing.assert_close(layer(x), ((layer.conv(x) + 1) / 2).clamp(0, 1))
+
+
+def test_mmcv_init_weights_begins_again() -> None:
+    layer = ConvModule(64, 64, 3, bias=True, norm_cfg=BN, act_cfg={"type": "LeakyReLU"})
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 7.0)
+    layer.init_weights()
+    gain = nn.init.calculate_gain("leaky_relu", 0.01)
+    std = layer.conv.weight.std().item()
+    assert std == pytest.approx(gain / (64 * 9) ** 0.5, rel=0.05)
+    for values, value in ((layer.conv.bias, 0), (layer.bn.weight, 1), (layer.bn.bias, 0)):
+        assert (values == value).all()
+
+
+def test_unknown_types_are_named() -> None:
+    for name in ("conv_cfg", "norm_cfg", "act_cfg"):
+        config: dict[str, Any] = {name: {"type": "Nothing"}}
+        with pytest.raises(ValueError, match=rf"{name}: type is one of .*\n  {name}: .*Nothing"):
+            mmcv.ConvModule(4, 6, 1, **config)
