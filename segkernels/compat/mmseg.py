@@ -58,14 +58,16 @@ class BaseDecodeHead(nn.Module):
                 "input_transform is None or 'resize_concat' for this head"
                 f"\n  input_transform: {input_transform!r}"
             )
+        _check_inputs(in_channels, in_index, input_transform)
         out_channels = num_classes if out_channels is None else out_channels
-        if out_channels != num_classes and (out_channels, num_classes) != (1, 2):
+        if out_channels not in (num_classes, 1):
             raise ValueError(
                 "out_channels is num_classes, or 1 for two classes"
                 f"\n  out_channels: {out_channels}\n  num_classes: {num_classes}"
             )
         self.backend = backend
         self.in_channels = in_channels if isinstance(in_channels, int) else sum(in_channels)
+        self.dropout_ratio = dropout_ratio
         self.channels, self.num_classes, self.out_channels = channels, num_classes, out_channels
         self.conv_cfg, self.norm_cfg, self.act_cfg = conv_cfg, norm_cfg, act_cfg
         self.in_index, self.input_transform, self.align_corners = (
@@ -93,9 +95,8 @@ class BaseDecodeHead(nn.Module):
         )
 
     def _separable(self, in_channels: int, dilation: int = 1) -> DepthwiseSeparableConvModule:
-        return DepthwiseSeparableConvModule(
-            in_channels, self.channels, 3, **self._options(3, dilation)
-        )
+        options = self._options(3, dilation) | {"conv_cfg": None}  # as published: it gets none
+        return DepthwiseSeparableConvModule(in_channels, self.channels, 3, **options)
 
     def _options(self, kernel_size: int, dilation: int) -> dict[str, Any]:
         return {
@@ -106,6 +107,20 @@ class BaseDecodeHead(nn.Module):
             "act_cfg": self.act_cfg,
             "backend": self.backend,
         }
+
+    def _transform_inputs(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The map that the head works on."""
+        if self.input_transform is None:
+            return inputs[self.in_index]  # type: ignore[index]
+        chosen = [inputs[i] for i in self.in_index]  # type: ignore[union-attr]
+        size, align = chosen[0].shape[-2:], self.align_corners
+        return torch.cat(
+            [F.interpolate(x, size, mode="bilinear", align_corners=align) for x in chosen], 1
+        )
+
+    def cls_seg(self, feat: Tensor) -> Tensor:
+        """Dropout and classifier."""
+        return self.conv_seg(feat if self.dropout is None else self.dropout(feat))
 
     def extra_repr(self) -> str:
         return f"align_corners={self.align_corners}, backend={self.backend!r}"
@@ -126,8 +141,11 @@ class ASPPHead(BaseDecodeHead):
     def _branch(self, rate: int) -> nn.Module:
         return self._conv(self.in_channels, self.channels, 1 if rate == 1 else 3, rate)
 
+    def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
+        return _context(self, inputs)
+
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        return _classify(self, _context(self, inputs))
+        return self.cls_seg(_context(self, inputs))
 
 
 class DepthwiseSeparableASPPHead(ASPPHead):
@@ -158,28 +176,29 @@ class DepthwiseSeparableASPPHead(ASPPHead):
                 x, low_level.shape[-2:], mode="bilinear", align_corners=self.align_corners
             )
             x = torch.cat([x, low_level], 1)
-        return _classify(self, run(x, [self.sep_bottleneck], backend=self.backend))
+        return self.cls_seg(run(x, [self.sep_bottleneck], backend=self.backend))
 
 
 def _context(head: Any, inputs: Sequence[Tensor]) -> Tensor:
     """The pyramid and its bottleneck: [B, channels, H, W]."""
-    x = _select(head, inputs)
+    x = head._transform_inputs(inputs)
     branches = [[branch] for branch in head.aspp_modules]
     return head.bottleneck(
         pyramid(x, branches, [head.image_pool], pool_first=True, backend=head.backend)
     )
 
 
-def _select(head: Any, inputs: Sequence[Tensor]) -> Tensor:
-    if head.input_transform is None:
-        return inputs[head.in_index]
-    chosen = [inputs[i] for i in head.in_index]
-    size = chosen[0].shape[-2:]
-    return torch.cat(
-        [F.interpolate(x, size, mode="bilinear", align_corners=head.align_corners) for x in chosen],
-        1,
-    )
-
-
-def _classify(head: Any, x: Tensor) -> Tensor:
-    return head.conv_seg(x if head.dropout is None else head.dropout(x))
+def _check_inputs(
+    in_channels: int | Sequence[int], in_index: int | Sequence[int], input_transform: str | None
+) -> None:
+    """Numbers for one input, sequences of one length for several."""
+    given = f"\n  in_channels: {in_channels}\n  in_index: {in_index}"
+    if input_transform is None:
+        if not (isinstance(in_channels, int) and isinstance(in_index, int)):
+            raise ValueError(f"without input_transform, in_channels and in_index are ints{given}")
+    elif (
+        isinstance(in_channels, int)
+        or isinstance(in_index, int)
+        or len(in_channels) != len(in_index)
+    ):
+        raise ValueError(f"in_channels and in_index are sequences of one length{given}")

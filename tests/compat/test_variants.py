@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkernels.compat import jfzhang, mmcv
+from segkernels.compat import jfzhang, mmcv, mmseg
 from segkernels.compat.mmcv import ConvModule, DepthwiseSeparableConvModule
 
 BN = {"type": "BN"}
@@ -123,6 +123,57 @@ def test_mmcv_init_weights_begins_again() -> None:
     assert std == pytest.approx(gain / (64 * 9) ** 0.5, rel=0.05)
     for values, value in ((layer.conv.bias, 0), (layer.bn.weight, 1), (layer.bn.bias, 0)):
         assert (values == value).all()
+
+
+def test_mmseg_conv_cfg_is_not_for_the_separable_convolutions() -> None:
+    head = mmseg.DepthwiseSeparableASPPHead(
+        3, 2, in_channels=4, channels=4, num_classes=2, dilations=(1, 2), conv_cfg=CIRCULAR
+    )
+    modes = {
+        name: part.padding_mode for name, part in head.named_modules() if type(part) is nn.Conv2d
+    }
+    modes.pop("conv_seg")
+    assert {name for name, mode in modes.items() if mode == "zeros"} == {
+        f"{layer}.{part}.conv"
+        for layer in ("aspp_modules.1", "sep_bottleneck.0", "sep_bottleneck.1")
+        for part in ("depthwise_conv", "pointwise_conv")
+    }
+
+
+def test_mmseg_heads_in_parts() -> None:
+    """Of several inputs, with the methods that heads derived from these call."""
+    head = mmseg.ASPPHead(
+        in_channels=(3, 5),
+        in_index=(0, 2),
+        input_transform="resize_concat",
+        channels=4,
+        num_classes=6,
+        out_channels=1,
+        dropout_ratio=0.0,
+    )
+    head.double()
+    assert (head.in_channels, head.out_channels, head.dropout_ratio) == (8, 1, 0.0)
+    inputs = [_map(2, 3, 9, 7), _map(2, 1, 1, 1), _map(2, 5, 5, 4)]
+    large = F.interpolate(inputs[2], (9, 7), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(head._transform_inputs(inputs), torch.cat([inputs[0], large], 1))
+    feature = head._forward_feature(inputs)
+    assert feature.shape == (2, 4, 9, 7)
+    torch.testing.assert_close(head.cls_seg(feature), head.conv_seg(feature))
+    torch.testing.assert_close(head(inputs), head.conv_seg(feature))
+
+
+BAD_INPUTS: dict[str, dict[str, Any]] = {
+    "two channels": {"in_channels": (3, 5)},
+    "two indices": {"in_channels": 8, "in_index": (0, 1)},
+    "one channel": {"in_channels": 8, "in_index": (0, 1), "input_transform": "resize_concat"},
+    "lengths": {"in_channels": (3, 5), "in_index": (0,), "input_transform": "resize_concat"},
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_mmseg_inputs_that_do_not_go_together(name: str) -> None:
+    with pytest.raises(ValueError, match=r"in_channels and in_index are .*\n.*in_channels: "):
+        mmseg.ASPPHead(channels=4, num_classes=2, **BAD_INPUTS[name])
 
 
 def test_unknown_types_are_named() -> None:
