@@ -181,9 +181,8 @@ class DeepLabV3PlusDecoder(nn.Module):
 
         aspp = ASPP(deep, out_channels, atrous_rates, aspp_separable, aspp_dropout, backend=backend)
         self.aspp = nn.Sequential(aspp, *separable(out_channels))
-        self.up = nn.UpsamplingBilinear2d(
-            scale_factor=4 if output_stride == 16 and encoder_depth > 3 else 2
-        )
+        scale = 4 if output_stride == 16 and encoder_depth > 3 else 2
+        self.up = nn.Upsample(scale_factor=scale, mode="bilinear", align_corners=True)
         self.block1 = nn.Sequential(
             nn.Conv2d(low_level, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )

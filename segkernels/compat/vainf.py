@@ -74,6 +74,9 @@ class ASPP(torchvision.ASPP):
             0.1,
             backend,
         )
+        for part in self.modules():
+            if isinstance(part, nn.ReLU):
+                part.inplace = True
 
 
 class DeepLabHead(nn.Module):
@@ -119,7 +122,7 @@ class DeepLabHeadV3Plus(nn.Module):
         super().__init__()
         self.backend = backend
         self.project = nn.Sequential(
-            nn.Conv2d(low_level_channels, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU()
+            nn.Conv2d(low_level_channels, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU(True)
         )
         self.aspp = ASPP(in_channels, aspp_dilate, backend=backend)
         self.classifier = nn.Sequential(*_classifier(48 + 256, num_classes))
@@ -156,7 +159,7 @@ def convert_to_separable_conv(module: nn.Module, *, backend: str | None = None) 
 
 def _classifier(channels: int, num_classes: int) -> list[nn.Module]:
     conv = nn.Conv2d(channels, 256, 3, padding=1, bias=False)
-    return [conv, nn.BatchNorm2d(256), nn.ReLU(), nn.Conv2d(256, num_classes, 1)]
+    return [conv, nn.BatchNorm2d(256), nn.ReLU(True), nn.Conv2d(256, num_classes, 1)]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkernels.compat import jfzhang, mmcv, mmseg
+from segkernels.compat import jfzhang, mmcv, mmseg, vainf
+from segkernels.compat.deeplab_pytorch import deeplabv3
 from segkernels.compat.mmcv import ConvModule, DepthwiseSeparableConvModule
 
 BN = {"type": "BN"}
@@ -181,3 +182,14 @@ def test_unknown_types_are_named() -> None:
         config: dict[str, Any] = {name: {"type": "Nothing"}}
         with pytest.raises(ValueError, match=rf"{name}: type is one of .*\n  {name}: .*Nothing"):
             mmcv.ConvModule(4, 6, 1, **config)
+
+
+def test_vainf_activations_work_in_place() -> None:
+    for head in (vainf.DeepLabHead(4, 2), vainf.DeepLabHeadV3Plus(4, 3, 2)):
+        activations = [part for part in head.modules() if isinstance(part, nn.ReLU)]
+        assert activations and all(part.inplace for part in activations)
+
+
+def test_deeplab_pytorch_momentum_to_the_last_bit() -> None:
+    norms = [part for part in deeplabv3._ASPP(4, 2, (3,)).modules() if hasattr(part, "momentum")]
+    assert len(norms) == 3 and {norm.momentum for norm in norms} == {1 - 0.999}

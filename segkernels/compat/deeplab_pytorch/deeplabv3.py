@@ -21,7 +21,7 @@ class _ConvBnReLU(nn.Sequential):
         self, in_ch: int, out_ch: int, kernel_size: int, padding: int, dilation: int
     ) -> None:
         conv = nn.Conv2d(in_ch, out_ch, kernel_size, padding=padding, dilation=dilation, bias=False)
-        norm = nn.BatchNorm2d(out_ch, momentum=1e-3)
+        norm = nn.BatchNorm2d(out_ch, momentum=1 - 0.999)
         super().__init__(OrderedDict(conv=conv, bn=norm, relu=nn.ReLU()))
 
 
