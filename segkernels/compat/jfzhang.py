@@ -72,6 +72,7 @@ class _ASPPModule(nn.Module):
         )
         self.bn = BatchNorm(planes)
         self.relu = nn.ReLU()
+        _initialise(self)  # and again by the ASPP: a seed gives the published weights
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.bn(self.atrous_conv(x)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkernels.compat import jfzhang, mmcv, mmseg, vainf
-from segkernels.compat.deeplab_pytorch import deeplabv3
+from segkernels.compat.deeplab_pytorch import deeplabv2, deeplabv3
 from segkernels.compat.mmcv import ConvModule, DepthwiseSeparableConvModule
 
 BN = {"type": "BN"}
@@ -193,3 +193,27 @@ def test_vainf_activations_work_in_place() -> None:
 def test_deeplab_pytorch_momentum_to_the_last_bit() -> None:
     norms = [part for part in deeplabv3._ASPP(4, 2, (3,)).modules() if hasattr(part, "momentum")]
     assert len(norms) == 3 and {norm.momentum for norm in norms} == {1 - 0.999}
+
+
+def test_a_seed_gives_the_published_weights() -> None:
+    """Drawn in the published order: deeplabv2 after all branches are made, jfzhang's branches once
+    each and then with the rest.
+    """
+    torch.manual_seed(0)
+    sums = deeplabv2._ASPP(4, 2, (1, 2))
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(4, 2, 3) for _ in range(2)]
+    for conv, branch in zip(convs, sums.children(), strict=True):
+        assert torch.equal(branch.weight, nn.init.normal_(conv.weight, std=0.01))
+
+    torch.manual_seed(0)
+    aspp = jfzhang.ASPP("mobilenet", 16, nn.BatchNorm2d)
+    torch.manual_seed(0)
+    for kernel_size in (1, 3, 3, 3):
+        conv = nn.Conv2d(320, 256, kernel_size, bias=False)
+        nn.init.kaiming_normal_(conv.weight)
+    convs = [nn.Conv2d(channels, 256, 1, bias=False) for channels in (320, 5 * 256)]
+    ours = [part for part in aspp.modules() if isinstance(part, nn.Conv2d)]
+    assert len(ours) == 6
+    for conv in ours:
+        assert torch.equal(conv.weight, nn.init.kaiming_normal_(torch.empty_like(conv.weight)))

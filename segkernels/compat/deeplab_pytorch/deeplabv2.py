@@ -21,10 +21,10 @@ class _ASPP(nn.Module):
         super().__init__()
         self.backend = backend
         for i, rate in enumerate(several("deeplabv2._ASPP", rates=rates)):
-            conv = nn.Conv2d(in_ch, out_ch, 3, padding=rate, dilation=rate)
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-            self.add_module(f"c{i}", conv)
+            self.add_module(f"c{i}", nn.Conv2d(in_ch, out_ch, 3, padding=rate, dilation=rate))
+        for branch in self.children():
+            nn.init.normal_(branch.weight, std=0.01)  # type: ignore[arg-type]
+            nn.init.zeros_(branch.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = (branch(x) for branch in self.children())
