@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from segkernels.nn.batch_norm import Affine, affine, track, uses_batch_moments
 from segkernels.nn.depthwise_conv2d import DepthwiseConv2d
@@ -133,6 +134,9 @@ def kind(pair: Pair) -> tuple[object, ...] | None:
     """What pairs over one input have in common that share a call; None for one that runs alone."""
     if pair.padding != _same(pair.depthwise):
         return None
+    parts = pair.depthwise, pair.inner_norm, pair.pointwise, pair.outer_norm
+    if any(part is not None and is_parametrized(part) for part in parts):
+        return None  # to look at such a weight is to compute it: a spectral norm moves on by a step
 
     def norm_kind(norm: nn.BatchNorm2d | None) -> tuple[object, ...] | None:
         if norm is None:

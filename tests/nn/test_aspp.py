@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 import segkernels
 from segkernels.nn import ASPP, DeepLabV3PlusHead, SeparableConv2d, chain, pair
@@ -134,6 +135,19 @@ def test_branches_of_different_kinds_do_not_share(calls: list[int]) -> None:
     aspp.branches[2].inner_norm.eval()
     agree(aspp, Plain(aspp), image(), steps=1)
     assert calls == [1, 1, 1, 3]
+
+
+def test_a_spectral_norm_moves_one_step_a_call() -> None:
+    """Reading such a weight in training is a step of its power iteration."""
+    torch.manual_seed(0)
+    aspp = ASPP(6, 4, dropout=0.0).double()
+    other = Plain(aspp)
+    for ours, theirs in zip(list(aspp.branches)[1:], list(other.branches)[1:], strict=True):
+        for conv, same in ((ours.depthwise, theirs[0]), (ours.pointwise, theirs[3])):
+            spectral_norm(conv)
+            spectral_norm(same)
+            same.parametrizations.load_state_dict(conv.parametrizations.state_dict())
+    agree(aspp, other, image())
 
 
 @pytest.mark.parametrize("norm", [None, nn.BatchNorm2d])
