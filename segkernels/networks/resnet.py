@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from segkernels.networks.segmenter import Features
-from segkernels.nn.arguments import NormClass, check_positive, norm_maker, several
+from segkernels.nn.arguments import NormClass, check_positive, norm_maker, unit_rates
 
 
 class BasicBlock(nn.Module):
@@ -72,10 +72,10 @@ class ResNet(nn.Module):
     """[B, in_channels, H, W] to the outputs of ``layer1`` (stride 4) and ``layer4``
     (output_stride).
 
-    name: of RESNETS. output_stride: 8, 16 or 32; past it strides become rates (the first unit of
-    a stage keeps the rate of the stage before, as torchvision does). multigrid: the unit rates of
-    layer4's blocks. width: channels of the stem and of layer1 (64 as published), doubled by every
-    stage. ``channels``, ``low_level_channels``: of the two outputs.
+    name: of RESNETS. output_stride: 8, 16 or 32; past it strides become rates (the first unit of a
+    stage keeps the rate of the stage before, as torchvision does, unless there is a multigrid).
+    multigrid: the unit rates of layer4's blocks. width: channels of the stem and of layer1 (64 as
+    published), doubled by every stage. ``channels``, ``low_level_channels``: of the two outputs.
     """
 
     layer1: nn.Sequential
@@ -96,7 +96,7 @@ class ResNet(nn.Module):
         super().__init__()
         block, depths = RESNETS[name]
         if multigrid is not None:  # one unit rate for each block
-            multigrid = several(name, depths[3], multigrid=multigrid)
+            multigrid = unit_rates(name, depths[3], multigrid)
         check_positive(name, in_channels=in_channels, width=width)
         norm = norm_maker("norm", norm)
         self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from segkernels.networks.segmenter import Features
 from segkernels.nn import SeparableConv2d
-from segkernels.nn.arguments import NormClass, check_positive, norm_maker, several
+from segkernels.nn.arguments import NormClass, check_positive, norm_maker, unit_rates
 
 
 def batch_norm(channels: int) -> nn.Module:
@@ -78,6 +78,10 @@ class Xception65(nn.Module):
     output_stride: 8, 16 or 32; past it strides become rates. multigrid: unit rates of the last
     block's convolutions. norm: eps 1e-3 by default, as published. ``channels``,
     ``low_level_channels``: of the two outputs. Images in [-1, 1].
+
+    With the published weights the features are the published ones. What training begins with is
+    torch's: initial weights (published: truncated normal, deviation 0.09) and momentum (0.1;
+    published: 0.0003).
     """
 
     channels = 2048
@@ -94,7 +98,7 @@ class Xception65(nn.Module):
     ) -> None:
         super().__init__()
         norm = norm_maker("norm", batch_norm if norm is nn.BatchNorm2d else norm)
-        grid = several("xception65", 3, multigrid=(1, 1, 1) if multigrid is None else multigrid)
+        grid = unit_rates("xception65", 3, (1, 1, 1) if multigrid is None else multigrid)
         check_positive("xception65", in_channels=in_channels)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, 32, 3, 2, 1, bias=False),

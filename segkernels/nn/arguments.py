@@ -26,13 +26,20 @@ def check_positive(owner: str, **given: Any) -> None:
 
 
 def several(owner: str, count: int | None = None, **given: Any) -> tuple[Any, ...]:
-    """The rates of the branches, or units of the blocks: any number of them, or ``count``."""
+    """The rates of the branches: any number of them, or ``count``."""
     ((name, value),) = given.items()
     values = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
     if values is None or len(values) != (count or len(values)):
         wanted = f"a sequence of {count}" if count else "a sequence, such as (6, 12, 18) or (6,)"
         raise UnsupportedInputError(f"{owner}: {name} must be {wanted}\n  {name}: {value!r}")
     return values
+
+
+def unit_rates(owner: str, count: int, multigrid: Any) -> tuple[int, ...]:
+    """A multi-grid: the unit rates of ``count`` blocks."""
+    units = several(owner, count, multigrid=multigrid)
+    check_positive(owner, **{f"multigrid[{i}]": unit for i, unit in enumerate(units)})
+    return units
 
 
 def norm_maker(name: str, norm: Any) -> NormClass:

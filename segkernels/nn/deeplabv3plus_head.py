@@ -55,6 +55,8 @@ class DeepLabV3PlusHead(nn.Module):
             channels=channels,
             low_level_width=low_level_width,
         )
+        if refinements != 0:
+            check_positive("DeepLabV3PlusHead", refinements=refinements)
         self.align_corners = align_corners
         self.aspp = ASPP(
             in_channels,

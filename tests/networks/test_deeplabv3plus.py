@@ -94,6 +94,34 @@ def test_weights_load_from_a_file(tmp_path: Path, suffix: str) -> None:
     assert all(torch.equal(loaded[key], source[key]) for key in loaded)
 
 
+def test_a_backbone_of_a_trained_network(tmp_path: Path) -> None:
+    """What is beside it, under whatever names, stays where it is."""
+    torch.manual_seed(1)
+    trained = networks.build("deeplabv3plus", num_classes=2, backbone="resnet18", channels=8)
+    path = tmp_path / "trained.pth"
+    torch.save({f"module.{key}": t for key, t in trained.state_dict().items()}, path)
+    loaded = small(weights=path).backbone.state_dict()
+    assert all(torch.equal(t, loaded[k]) for k, t in trained.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_text("hello world"), "not a file of tensors"),
+        (lambda path: path.write_bytes(b""), "not a file of tensors"),
+        (lambda path: torch.save(nn.Linear(1, 1), path), "(?s)not a file of tensors.*weights_only"),
+        (lambda path: torch.save(torch.zeros(1), path), "(?s)no state_dict.*it holds: Tensor"),
+        (lambda path: torch.save({1: torch.zeros(1)}, path), "(?s)no state_dict.*it holds: dict"),
+    ],
+    ids=["text", "nothing", "a module", "a tensor", "numbered"],
+)
+def test_a_file_without_weights(tmp_path: Path, write: Any, message: str) -> None:
+    write(tmp_path / "other.pth")
+    with pytest.raises(RuntimeError, match=message) as error:
+        small(weights=tmp_path / "other.pth")
+    assert "other.pth" in str(error.value)
+
+
 def test_wrong_weights_are_an_error(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "partial.pth")
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -106,8 +134,11 @@ def test_wrong_weights_are_an_error(tmp_path: Path) -> None:
         ({"backbone": "vgg16"}, ValueError, "'vgg16'"),
         ({"output_stride": 4}, ValueError, "output_stride"),
         ({"output_stride": "16"}, ValueError, "output_stride: '16'"),
+        ({"output_stride": 16.0}, ValueError, "output_stride: 16.0"),
         ({"multigrid": (1, 2, 4)}, ValueError, "multigrid must be a sequence of 2"),
         ({"multigrid": 2}, ValueError, "multigrid must be a sequence of 2"),
+        ({"multigrid": (1, 0)}, ValueError, r"multigrid\[1\] must be a positive int"),
+        ({"multigrid": (1.0, 2)}, ValueError, r"multigrid\[0\] must be a positive int"),
         ({"backbone": "xception65", "multigrid": 2}, ValueError, "multigrid must be a sequence of"),
         ({"rates": 6}, ValueError, "rates must be a sequence"),
         ({"width": 0}, ValueError, "width must be a positive int"),

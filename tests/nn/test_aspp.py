@@ -211,9 +211,12 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
         ASPP(**{"in_channels": 6, "out_channels": 4, **options})
 
 
-def test_a_head_without_classes() -> None:
+def test_bad_arguments_of_the_head() -> None:
     with pytest.raises(ValueError, match=r"DeepLabV3PlusHead: num_classes .*\n.*0"):
         DeepLabV3PlusHead(6, 5, 0)
+    for refinements in (-1, 1.5):
+        with pytest.raises(ValueError, match=rf"refinements must be .*\n.*{refinements}"):
+            DeepLabV3PlusHead(6, 5, 4, refinements=refinements)
 
 
 @pytest.mark.compile
