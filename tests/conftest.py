@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+
+from segkernels.nn import pair
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,3 +25,17 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The backend of every call of the separable operator by a layer."""
+    seen: list[str | None] = []
+    operator = pair.separable_conv2d
+
+    def noted(*args: Any, backend: str | None, **options: Any) -> Any:
+        seen.append(backend)
+        return operator(*args, backend=backend, **options)
+
+    monkeypatch.setattr(pair, "separable_conv2d", noted)
+    return seen

@@ -86,8 +86,6 @@ inline bool vectorises(int width, int64_t channels, std::initializer_list<const 
   return true;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How blocks lie over `items` per map (pixels or walks) and `channels`; see Tiling. turns > 1 (fewer, longer
 // blocks) only where a block's sums cost something.
 inline Tiling tile(int64_t items, int64_t channels, int rates, int width, int bytes, bool channels_last,

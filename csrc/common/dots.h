@@ -57,7 +57,7 @@ void by_rows(int64_t rows, int64_t k, const uint16_t* a, const uint16_t* b, floa
 inline void multiply(int64_t m, int64_t n, int64_t k, const uint16_t* a, const uint16_t* b, float* c,
                      int64_t ldc, bool add) {
   constexpr int64_t kRows = 14;
-  const int64_t kp = round_up(k, 32), parts = (m + kRows - 1) / kRows;
+  const int64_t kp = round_up(k, 32), parts = ceil_div(m, kRows);
   for (int64_t j = 0; j < n; j += 32)
     for (int64_t part = 0; part < parts; ++part) {  // row blocks of nearly equal height
       const int64_t i = part * m / parts, rows = (part + 1) * m / parts - i;

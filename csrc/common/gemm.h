@@ -108,7 +108,7 @@ struct Fma {
   }
 
   static void multiply(int64_t m, int64_t n, int64_t k, Left a, Right b, A* c, int64_t ldc, bool add) {
-    const int64_t parts = (m + kRows - 1) / kRows;  // row blocks of nearly equal height
+    const int64_t parts = ceil_div(m, kRows);  // row blocks of nearly equal height
     for (int64_t j = 0; j < n; j += kWidth)
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t i = part * m / parts, rows = (part + 1) * m / parts - i;

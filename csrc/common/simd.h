@@ -38,7 +38,8 @@
 
 namespace segkernels {
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 struct bfloat16 {
   uint16_t bits;

@@ -6,9 +6,9 @@
 #include <numeric>
 #include <vector>
 
-namespace segkernels {
+#include "common/simd.h"
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+namespace segkernels {
 
 // Output o reads, at tap a, the input position o·s − p + a·r (if it lies in [0, in)).
 struct Axis {

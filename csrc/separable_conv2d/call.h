@@ -37,9 +37,9 @@ struct Sizes {
   bool channels_last;
 
   int64_t pixels() const { return H_out * W_out; }
-  int64_t units() const { return (pixels() + kUnit - 1) / kUnit; }
+  int64_t units() const { return ceil_div(pixels(), kUnit); }
   int64_t image_tiles() const {  // even, so that two threads share an image of few tiles evenly
-    const int64_t n = (units() * kUnit + kPixels - 1) / kPixels;
+    const int64_t n = ceil_div(units(), kPixels / kUnit);
     return std::min(units(), n + n % 2);
   }
   int64_t tiles() const { return B * image_tiles(); }
@@ -50,7 +50,7 @@ struct Sizes {
     };
     return {t / n, bound(i), bound(i + 1)};
   }
-  int64_t chunks() const { return (C + kChannels - 1) / kChannels; }
+  int64_t chunks() const { return ceil_div(C, kChannels); }
   int64_t chunk_begin(int64_t i) const { return i * kChannels; }
   int64_t chunk_end(int64_t i) const { return std::min(C, (i + 1) * kChannels); }
 

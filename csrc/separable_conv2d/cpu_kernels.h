@@ -106,9 +106,7 @@ void depthwise_tile_planes(const Call<T>& call, Tile tile, int64_t rate, int64_t
       const RowTap* tap = taps.begin(part.h);
       for (size_t i = 0; i < part.sources.size(); ++i) {
         const T* row = x + tap[i].row * f.x.sH;
-        if (c + 1 < c1)  // planes are too far apart for the hardware to foresee the next one
-          for (int64_t j = 0; j < part.last - part.first; j += 64 / sizeof(T))
-            __builtin_prefetch(row + f.x.sC + part.first + j);
+        if (c + 1 < c1) prefetch(row + f.x.sC + part.first, part.last - part.first);
         part.sources[i].source[0] = read_plane(row, f.x.sH, 1, g.W(), s, memory.data() + i * line).data;
       }
       sum_rows<1, 1>(part.columns, part.sources, A(0), d.p + (c - c0) * d.step + part.pixel, 0, 1);

@@ -58,20 +58,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rates
 
 
-@pytest.fixture
-def backends(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """The backend of every call of the separable operator."""
-    seen: list[str | None] = []
-    operator = pair.separable_conv2d
-
-    def noted(*args: Any, backend: str | None, **options: Any) -> Any:
-        seen.append(backend)
-        return operator(*args, backend=backend, **options)
-
-    monkeypatch.setattr(pair, "separable_conv2d", noted)
-    return seen
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
