@@ -1,4 +1,4 @@
-"""python -m benchmarks: run the benchmarks, or compare two of their reports."""
+"""python -m benchmarks: run the benchmarks; compare two of their reports; watch code generation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, report
+from benchmarks import codegen, compare, report
 from benchmarks.environment import environment
 from benchmarks.goals import EVERY, GOALS, Goal, judge
 from benchmarks.layers import STEP, SeparableStep
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["compare"]:
         parsed = _compare_parser().parse_args(arguments[1:])
         return compare.main(parsed.old, parsed.new, parsed.threshold)
+    if arguments[:1] == ["codegen"]:
+        return codegen.main(arguments[1:])
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.backends.cudnn.benchmark = True
@@ -66,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m segkernels bench",
         description="Times every operator against plain PyTorch, with its results checked first.",
-        epilog="compare OLD.json NEW.json: which rows became slower.",
+        epilog="compare OLD.json NEW.json: which rows became slower. "
+        "codegen: what the compilers make of every kernel, and a prediction of its time.",
     )
     parser.add_argument(
         "--quick",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import segkernels
 from benchmarks import baselines
+from segkernels import fused
 from segkernels.timing import Call
 
 MODES = ("forward", "backward", "forward+backward")
@@ -151,6 +154,30 @@ def input_sets(arguments: Arguments, count: int) -> Iterator[Arguments]:
     yield arguments
     for _ in range(count - 1):
         yield {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+@contextmanager
+def served_by(implementation: Callable[[fused.Operator, str], Any]) -> Iterator[None]:
+    """The public functions run, and are differentiated, on `implementation(operator, name)` of the
+    raw forward or backward called `name`, whatever the device of their tensors."""
+
+    def raw(operator: fused.Operator, _: str, backward: bool = False) -> Any:
+        return implementation(operator, operator.name + "_backward" * backward)
+
+    with (
+        mock.patch.object(fused.Operator, "raw", raw),
+        mock.patch.object(fused, "_choose", lambda *_: "native"),
+    ):
+        yield
+
+
+def forward_and_backward(op: str, arguments: Arguments) -> Iterator[str]:
+    """Calls the public function, then its backward for every tensor; says after each which."""
+    tensors = {k: v.detach().requires_grad_() for k, v in _tensors(arguments).items()}
+    y = getattr(segkernels, op)(**(arguments | tensors))
+    yield "forward"
+    torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y))
+    yield "backward"
 
 
 def in_other_format(arguments: Arguments) -> Arguments:

@@ -128,7 +128,8 @@ def backward_walk(
     taps *= 2 if x.dtype == torch.float64 else 1
     if INTERPRETED:  # no registers to run out of, and every operation counts
         taps = 1
-    per_thread = 8 if taps <= 12 else 4 if taps <= 27 else 2 if taps <= 36 else 1
+    most = 27 if channels_last else 25  # NCHW also keeps an address for every element
+    per_thread = 8 if taps <= 12 else 4 if taps <= most else 2 if taps <= 36 else 1
     block_n, block_c = tile_shape(
         x.size(1), pixels, x.element_size(), channels_last, 128 * per_thread
     )
@@ -169,7 +170,9 @@ def outer_product_shape(
         return fit(pixels, most), fit(columns, most), fit(rows, most), 4
     if dtype == torch.float32:
         return 16, fit(columns, 64), fit(rows, 64), 8
-    return fit(pixels, 64), fit(columns, 128 if channels_last else 64), fit(rows, 128), 8
+    if channels_last:
+        return fit(pixels, 64), fit(columns, 128), fit(rows, 128), 8
+    return fit(pixels, 32), fit(columns, 64), fit(rows, 128), 8  # an address for every element
 
 
 def normaliser(

@@ -222,6 +222,7 @@ def pointwise_backward(
     out = torch.empty_like(d) if write else None
     parts = layouts.partial_sums(d, 2 * sums, tile_count, R * C)
     strides = layouts.map_strides(g), layouts.map_strides(d)
+    pipeline = {} if last else {"num_stages": 2}  # NCHW: an address for every element of a stage
     if d.numel() > 0:
         separable_conv2d_pointwise_backward_kernel[(R * tile_count, triton.cdiv(C, block_c))](
             *(g, v.contiguous(), d, *inner, out),
@@ -238,6 +239,7 @@ def pointwise_backward(
             BLOCK_C=block_c,
             BLOCK_D=block_d,
             num_warps=warps,
+            **pipeline,
         )
     return out, [part.sum(0) for part in parts]
 
