@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from segkernels.build import Step, steps
+from segkernels.build import Step, locked, steps
 from segkernels.build_plan import Plan, Tree, make_plan
 from segkernels.toolchain import BuildError
 
@@ -111,21 +111,19 @@ def tool(name: str) -> str:
 
 
 def resources(report: str) -> dict[str, Figures]:
-    """What nvcc's --resource-usage says of every kernel, by its mangled name."""
+    """What nvcc's --resource-usage says of every kernel and what it calls, by mangled name."""
     found: dict[str, Figures] = {}
     for part in re.split(r"Compiling entry function ", report)[1:]:
 
-        def number(pattern: str, text: str = part) -> int:
-            match = re.search(rf"(\d+) {pattern}", text)
-            return int(match[1]) if match else 0
+        def most(pattern: str, text: str = part) -> int:
+            return max(map(int, re.findall(pattern, text)), default=0)
 
-        registers = re.search(r"Used (\d+) registers", part)
         found[part.split("'")[1]] = Figures(
-            registers=int(registers[1]) if registers else 0,
-            stack=number("bytes stack frame"),
-            spill_stores=number("bytes spill stores"),
-            spill_loads=number("bytes spill loads"),
-            shared=number("bytes smem"),
+            registers=most(r"Used (\d+) registers"),
+            stack=most(r"(\d+) bytes stack frame"),
+            spill_stores=most(r"(\d+) bytes spill stores"),
+            spill_loads=most(r"(\d+) bytes spill loads"),
+            shared=most(r"(\d+) bytes smem"),
         )
     return found
 
@@ -141,7 +139,8 @@ def readable(symbols: Iterable[str]) -> dict[str, str]:
 
 def _short(signature: str) -> str:
     """Without result, namespaces and arguments; the storage types as PyTorch's users say them."""
-    name = re.sub(r"\b(?:\w+::)+(?=\w)", "", signature).removeprefix("void ")
+    plain = signature.replace("(anonymous namespace)::", "").removeprefix("void ")
+    name = re.sub(r"\b(?:\w+::)+(?=\w)", "", plain)
     name = re.match(r"\w+(<.*?>(?=\())?", name)[0]  # type: ignore[index]
     return name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
 
@@ -169,21 +168,23 @@ def nvcc_version() -> str:
 def cuda_kernels(arch: str, tree: Tree | None = None) -> dict[str, Figures]:
     """Every kernel instantiation of csrc/*/cuda.cu for an architecture ("9.0a"), by short name."""
     plan = plan_for(arch, tree)
-    with ThreadPoolExecutor(plan.jobs) as pool:
-        made = list(pool.map(lambda step: figures_of(step, plan), compilations(plan)))
+    folder = plan.tree.work.parent / "codegen" / arch
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", timeout=600), ThreadPoolExecutor(plan.jobs) as pool:
+        made = list(pool.map(lambda step: figures_of(step, plan), compilations(plan, folder)))
     return {name: figures for kernels in made for name, figures in kernels.items()}
 
 
-def compilations(plan: Plan) -> list[Step]:
+def compilations(plan: Plan, folder: Path) -> list[Step]:
     """The build's compilations of CUDA sources, to a cubin, with warnings as errors."""
-    folder = plan.tree.work.parent / "codegen" / plan.archs[0]
-    folder.mkdir(parents=True, exist_ok=True)
     sources = plan.tree.sources("cuda")
-    return [
-        step._replace(command=tuple("-cubin" if a == "-c" else a for a in step.command) + STRICT)
-        for step in steps(plan, folder)
-        if step.inputs[0] in sources
-    ]
+
+    def to_cubin(step: Step) -> Step:
+        """-t is of no use to one architecture, and depends on the memory of the moment."""
+        same = (word for word in step.command if not word.startswith("-t="))
+        return step._replace(command=(*("-cubin" if w == "-c" else w for w in same), *STRICT))
+
+    return [to_cubin(step) for step in steps(plan, folder) if step.inputs[0] in sources]
 
 
 def figures_of(step: Step, plan: Plan) -> dict[str, Figures]:
