@@ -115,7 +115,7 @@ def named(some: Iterable[Call], target: str) -> dict[str, Specialised]:
             made = specialised(launch, TARGETS[target])
             if made.key in found:
                 continue
-            name = f"{target} triton {call.name} {launch.kernel.__name__}"
+            name = f"{call.name} {launch.kernel.__name__}"
             number = sum(n == name or n.startswith(f"{name} #") for n in kernels)
             found[made.key] = name = f"{name} #{number + 1}" if number else name
             kernels[name] = made
