@@ -4,11 +4,14 @@
 names and schemas of `torch.ops.segkernels`.
 """
 
+import ctypes
 import hashlib
 import os
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -38,14 +41,15 @@ def sanitized() -> bool:
     return "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
-def build(sanitize: bool) -> Path:
+def build(flavour: str) -> Path:
     """The library for the sources as they are; compiled once per content."""
     torch_dir = Path(torch.__file__).parent
     flags = [
         *("-std=c++17", "-O1", "-fPIC", "-fno-extern-tls-init", "-DUSE_CUDA"),
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        *(f"-I{path}" for path in (HERE / "include", ROOT / "csrc", torch_dir / "include")),
-        *(SANITIZE if sanitize else []),
+        *(f"-I{path}" for path in (HERE / "include", HERE / "engine", ROOT / "csrc", torch_dir / "include")),
+        *(["-DSIMT_WATCH"] if flavour == "watch" else []),
+        *(SANITIZE if flavour == "address" else []),
     ]
     inputs = [
         p
@@ -63,15 +67,17 @@ def build(sanitize: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> str:
-        target = str(folder / f"{source.parent.name}.o")
+        target = str(folder / f"{source.parent.name}-{source.stem}.o")
         register = (
             ["-include", str(HERE / "include" / "register.h")] if source.suffix == ".cu" else []
         )
+        if flavour == "watch" and source.suffix == ".cu":
+            register += ["-fsanitize=thread"]
         run(["g++", *flags, *register, "-x", "c++", "-c", str(source), "-o", target])
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*sources(), HERE / "simt.cpp"]))
+        objects = list(pool.map(compile_one, [*sources(), *sorted((HERE / "engine").glob("*.cpp")), *(sorted((HERE / "watch").glob("*.cpp")) if flavour == "watch" else [])]))
     partial = library.with_suffix(f".{os.getpid()}")
     libs = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
     run(
@@ -79,7 +85,7 @@ def build(sanitize: bool) -> Path:
             "g++",
             "-shared",
             "-Wl,-Bsymbolic-functions",
-            *(SANITIZE if sanitize else []),
+            *(SANITIZE if flavour == "address" else []),
             *objects,
             "-o",
             str(partial),
@@ -97,6 +103,36 @@ def run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as the host's code asked for it."""
+
+    kernel: str  # mangled
+    grid: int  # blocks
+    threads: int  # of a block
+    shared: int  # bytes of dynamic shared memory
+    cluster: int  # blocks
+
+
+@contextmanager
+def planned() -> Iterator[list[Launch]]:
+    """Within it the CUDA launch code runs, on CPU tensors, and launches nothing but is noted.
+
+    The list is filled at the end. Results and what the host's code makes of them are undefined.
+    """
+    library = ctypes.CDLL(str(load("plain")))
+    library.simt_planned.restype = ctypes.c_char_p
+    launches: list[Launch] = []
+    library.simt_plan(1)
+    try:
+        yield launches
+    finally:
+        library.simt_plan(0)
+        for line in library.simt_planned().decode().splitlines():
+            kernel, *numbers = line.split()
+            launches.append(Launch(kernel, *map(int, numbers)))
 
 
 @cache
