@@ -1,4 +1,4 @@
-// The executor's build registers CUDA implementations for CPU tensors, in the namespace segkernels_simt.
+// The executor's build registers CUDA implementations for CPU tensors, in the place of those of cpu.cpp.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
