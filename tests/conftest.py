@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from segkernels.nn import pair
+from tests.simt import executor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="device of the contract tests: cpu or cuda")
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda", "simt"),
+        help="device of the contract tests; simt: the CUDA kernels on the CPU (tests/simt)",
+    )
+    parser.addoption(
+        "--simt-library",
+        type=Path,
+        help="for --device=simt: this build of the host executor, not one of the present sources",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    reason = executor.why_not()
+    if reason and config.getoption("--device") == "simt":
+        raise pytest.UsageError(f"--device=simt: {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -19,12 +37,16 @@ def device(request: pytest.FixtureRequest) -> str:
     name: str = request.config.getoption("--device")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if name == "simt":
+        executor.replace_native(request.config.getoption("--simt-library") or executor.build())
+        return "cpu"
     return name
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Two; one around the executor, which has one itself and runs beside others of its kind."""
+    torch.set_num_threads(1 if request.config.getoption("--device") == "simt" else 2)
 
 
 @pytest.fixture

@@ -36,6 +36,8 @@ CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPERATORS for 
 @pytest.fixture(params=FUSED)
 def backend(request: pytest.FixtureRequest, device: str) -> str:
     name: str = request.param
+    if name != "native" and request.config.getoption("--device") == "simt":
+        pytest.skip(f"{name}: not what --device=simt is for")
     reason = fused.OPERATORS[OPERATORS[0]].reasons(torch.empty(0, 0, 0, 0, device=device), *_KERNEL)
     if reason[name] is not None:
         pytest.skip(f"{name}: {reason[name]}")

@@ -1,113 +1,170 @@
-"""Builds csrc/*/cuda.cu with g++ against the host executor (include/simt.h), for CPU tensors.
+"""Builds csrc/*/cuda.cu with g++ against the host executor (include/simt.h): the CUDA kernels and
+their launch code, registered for CPU tensors in the place of the native CPU library.
 
-`ops()` is `torch.ops.segkernels_simt`: the CUDA implementations, launch code included, under the
-names and schemas of `torch.ops.segkernels`.
+`pytest --device=simt` runs in a process of such a library.
 """
 
+import ctypes
 import hashlib
 import os
+import platform
+import re
+import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-import pytest
 import torch
 
-import segkernels  # noqa: F401  declares the operators
+from segkernels import native
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+TORCH = Path(torch.__file__).parent
+BUILD = ROOT / "build" / "simt"
+
 # those checks that find addressing faults: all of them double the compile time
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
-SANITIZE = [f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}"]
+SANITIZE = (f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}")
 
 
-def sources() -> list[Path]:
-    return sorted(ROOT.glob("csrc/*/cuda.cu"))
+class Flavour(NamedTuple):
+    """A way to build the executor."""
+
+    kernels: tuple[str, ...] = ()  # flags of the kernels and their launch code
+    engine: tuple[str, ...] = ()  # flags of the executor's own sources
+    folders: tuple[str, ...] = ("engine",)  # which ones
+    preloaded: tuple[str, ...] = ()  # the sanitizers' libraries, needed before anything else
 
 
-def some_slow(combinations: Iterable[tuple], default: Callable[..., bool]) -> list:
-    """Parameters of a test; those outside the default set are marked slow."""
-    return [pytest.param(*c, marks=[] if default(*c) else [pytest.mark.slow]) for c in combinations]
+FLAVOURS = {
+    "plain": Flavour(),
+    "address": Flavour(SANITIZE, SANITIZE, preloaded=("libasan.so", "libubsan.so", "libstdc++.so")),
+    # the thread sanitizer's instrumentation, with watch/ in the place of its library
+    "watch": Flavour(("-fsanitize=thread",), ("-DSIMT_WATCH",), ("engine", "watch")),
+}
+HEADERS = ("include", "engine")
+REGISTER = HERE / "include" / "register.h"  # what every cuda.cu is compiled behind
+COMPILE = (
+    *("g++", "-std=c++17", "-O1", "-fPIC", "-fno-extern-tls-init", "-DUSE_CUDA", "-x", "c++", "-c"),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    *(f"-I{path}" for path in (*(HERE / name for name in HEADERS), TORCH / "include")),
+)
 
 
-def sanitized() -> bool:
-    """Whether this process runs under the address sanitizer (its library must be loaded first)."""
-    return "libasan" in os.environ.get("LD_PRELOAD", "")
+def why_not() -> str | None:
+    """None where the executor can be built and run, else the reason."""
+    machine = f"{platform.system()} {platform.machine()}"
+    if machine != "Linux x86_64":
+        return f"the host executor's fibres are written for Linux x86_64, this is {machine}"
+    if shutil.which("g++") is None:
+        return "the host executor is compiled with g++, which is not here (apt install g++)"
+    return None
 
 
-def build(sanitize: bool) -> Path:
-    """The library for the sources as they are; compiled once per content."""
-    torch_dir = Path(torch.__file__).parent
-    flags = [
-        *("-std=c++17", "-O1", "-fPIC", "-fno-extern-tls-init", "-DUSE_CUDA"),
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        *(f"-I{path}" for path in (HERE / "include", ROOT / "csrc", torch_dir / "include")),
-        *(SANITIZE if sanitize else []),
-    ]
-    inputs = [
-        p
-        for folder in (ROOT / "csrc", HERE)
-        for p in sorted(folder.rglob("*"))
-        if p.suffix in SUFFIXES
-    ]
-    digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
-    for path in inputs:
-        digest.update(path.name.encode() + path.read_bytes())
-    folder = ROOT / "build" / "simt" / digest.hexdigest()[:16]
-    library = folder / "simt.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
+def build(flavour: str = "plain", csrc: Path = CSRC) -> Path:
+    """The library of the sources as they are; every object is compiled once per content."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    made = FLAVOURS[flavour]
 
-    def compile_one(source: Path) -> str:
-        target = str(folder / f"{source.parent.name}.o")
-        register = (
-            ["-include", str(HERE / "include" / "register.h")] if source.suffix == ".cu" else []
-        )
-        run(["g++", *flags, *register, "-x", "c++", "-c", str(source), "-o", target])
-        return target
+    def compiled(source: Path) -> Path:
+        kernels = source.suffix == ".cu"
+        first = [REGISTER] if kernels else []
+        flags = made.kernels if kernels else made.engine
+        options = [*COMPILE, *flags, *(f"-include{path}" for path in first)]
+        digest = _digest(options, _included([source, *first], csrc))
+        return _once(digest, ".o", [*options, f"-I{csrc}", str(source)])
 
+    sources = sorted(csrc.glob("*/cuda.cu"))
+    for folder in made.folders:
+        sources += sorted((HERE / folder).glob("*.cpp"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*sources(), HERE / "simt.cpp"]))
-    partial = library.with_suffix(f".{os.getpid()}")
-    libs = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
-    run(
-        [
-            "g++",
-            "-shared",
-            "-Wl,-Bsymbolic-functions",
-            *(SANITIZE if sanitize else []),
-            *objects,
-            "-o",
-            str(partial),
-            *libs,
-        ]
-    )
-    partial.replace(library)
-    return library
+        objects = list(pool.map(compiled, sources))
+    flags = [flag for flag in made.engine if flag.startswith("-fsanitize")]
+    command = ["g++", "-shared", "-Wl,-Bsymbolic-functions", *flags, *map(str, objects)]
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return _once(_digest(command, set()), ".so", [*command, *libraries])
 
 
-SUFFIXES = (".cu", ".cuh", ".h", ".cpp")
+def _digest(options: list[str], files: set[Path]) -> str:
+    """Of all that an object is made of, but for the headers of the system and of PyTorch."""
+    parts = [torch.__version__, *options, *(path.read_text() for path in sorted(files))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+def _included(waiting: list[Path], csrc: Path) -> set[Path]:
+    """These files and the project's headers that they include, at any depth."""
+    found = set()
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        for name in re.findall(r'#include ["<]([^">]+)[">]', path.read_text()):
+            folders = (path.parent, csrc, *(HERE / folder for folder in HEADERS))
+            waiting += [p for f in folders if (p := f / name).exists() and p not in found]
+    return found
 
 
-@cache
-def ops():
-    """The operators on the executor; defines their schemas at the first call."""
-    torch.set_num_threads(1)  # the executor has one thread, and the truths are tiny
-    library = torch.library.Library("segkernels_simt", "DEF")
-    for operator in (source.parent.name for source in sources()):
-        for name in (operator, f"{operator}_backward"):
-            schema = getattr(torch.ops.segkernels, name).default._schema
-            library.define(str(schema).removeprefix("segkernels::"))
-    torch.ops.load_library(str(build(sanitized())))
-    ops.library = library  # lives as long as the process
-    return torch.ops.segkernels_simt
+def _once(digest: str, suffix: str, command: list[str]) -> Path:
+    """The file of this content; the command makes it (-o is added) where it is not there yet."""
+    target = BUILD / f"{digest[:16]}{suffix}"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}{suffix}")
+        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        partial.replace(target)
+    return target
+
+
+def environment(flavour: str) -> dict[str, str]:
+    """For a process that is to load a library of this flavour."""
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in FLAVOURS[flavour].preloaded
+    ]
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def replace_native(library: Path) -> None:
+    """Make this library the native one of this process, which has loaded none yet."""
+    assert native._load.cache_info().currsize == 0, "a native library is already loaded"
+    torch.ops.load_library(str(library))
+    native._load = {"cpu": None}.get
+
+
+class Launch(NamedTuple):
+    """A launch as the host's code asked for it."""
+
+    kernel: str  # mangled
+    grid: int  # blocks
+    threads: int  # of a block
+    shared: int  # bytes of dynamic shared memory
+    cluster: int  # blocks
+
+
+@contextmanager
+def planned(library: Path) -> Iterator[list[Launch]]:
+    """Within it the launch code of a loaded library runs and its launches are noted, not run.
+
+    The list is filled at the end. Results, and what the host's code makes of them, are undefined.
+    """
+    functions = ctypes.CDLL(str(library))
+    functions.simt_planned.restype = ctypes.c_char_p
+    launches: list[Launch] = []
+    functions.simt_plan(1)
+    try:
+        yield launches
+    finally:
+        functions.simt_plan(0)
+        for line in functions.simt_planned().decode().splitlines():
+            kernel, *numbers = line.split()
+            launches.append(Launch(kernel, *map(int, numbers)))
