@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks import machine_code, roofline
 from benchmarks.budget import BUDGET, Budget, Group, Kernels, judge
-from benchmarks.work import DTYPES, LAYOUTS
+from benchmarks.work import DTYPES, LAYOUTS, cases, operators
 from segkernels.toolchain import BuildError, choose_jobs
 
 ARCHS = {"sm_80": "8.0", "sm_90a": "9.0a", "sm_100": "10.0"}
@@ -143,17 +143,18 @@ def _predict(
 ) -> list[roofline.Prediction]:
     """For the GPUs asked for, from the figures just made, else the budget's."""
 
-    def wanted(case: str) -> bool:
-        return any(fnmatchcase(case, pattern) for pattern in options.case or "*")
-
-    plans = list(
-        roofline.plans(
-            wanted, options.dtype or ["float32", "bfloat16"], options.layout or ["channels_last"]
-        )
-    )
+    selection = [
+        (op, case, dtype, layout)
+        for op in operators()
+        for case in cases(op)
+        if any(fnmatchcase(case.name, pattern) for pattern in options.case or "*")
+        for dtype in options.dtype or ("float32", "bfloat16")
+        for layout in options.layout or ("channels_last",)
+    ]
+    plans = roofline.plans(selection)
     return [
-        roofline.predict(arch, what, launches, kernels[arch, "cuda"])
+        roofline.predict(arch, plan, kernels[arch, "cuda"])
         for arch in roofline.GPUS
         if arch in (options.arch or ["sm_90a"])
-        for what, launches in plans
+        for plan in plans
     ]

@@ -7,6 +7,7 @@ they run.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -130,7 +131,11 @@ def resources(report: str) -> dict[str, Figures]:
 
 def readable(symbols: Iterable[str]) -> dict[str, str]:
     """Mangled name -> depthwise_conv2d_walk_kernel<bf16, 8, 3, false>."""
-    symbols = list(symbols)
+    return _readable(tuple(symbols))
+
+
+@functools.cache
+def _readable(symbols: tuple[str, ...]) -> dict[str, str]:
     filter_ = subprocess.run(
         ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
     )

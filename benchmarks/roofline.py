@@ -13,24 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks.environment import environment
 from benchmarks.machine_code import Figures, readable
-from benchmarks.work import (
-    DTYPES,
-    LAYOUTS,
-    Arguments,
-    cases,
-    forward_and_backward,
-    operators,
-    served_by,
-)
-from segkernels import fused
+from benchmarks.work import DTYPES, LAYOUTS, MODES, forward_and_backward
 from segkernels.console import print_table
 
 # Of a data sheet's figure a kernel gets, at best: 0.9 of the bandwidth (a copy: 4.3 of 4.8 TB/s on
@@ -39,6 +32,7 @@ BANDWIDTH_SHARE = 0.9
 TENSOR_SHARE = 0.8
 LAUNCH = 2.5e-6  # seconds from one kernel of a stream to the next
 REGISTERS, THREADS, BLOCKS, WARP = 65536, 2048, 32, 32  # an SM's, on all three
+MIX = ("matrix", "wgmma", "ffma", "dfma", "loads", "loads16", "instructions")
 RESERVED = 1024  # bytes of shared memory that the system takes of every block
 
 
@@ -88,6 +82,7 @@ class Launch(NamedTuple):
     blocks: int  # that one SM holds
     occupancy: float
     waves: float
+    mix: dict[str, int]  # instructions in its code, by kind
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,6 @@ class Prediction:
     bytes: int
     flops: int
     unit: str  # tensor, fp32 or fp64
-    mix: dict[str, int]  # instructions by kind over the kernels launched
     memory: float
     compute: float
     overhead: float
@@ -138,28 +132,27 @@ def launch(gpu: Gpu, planned: Planned, name: str, figures: Figures) -> Launch:
     blocks = resident(gpu, figures.registers, planned.threads, shared)
     occupancy = blocks * planned.threads / THREADS
     waves = planned.grid / (max(1, blocks) * gpu.sms)
-    grid = (planned.grid, planned.threads, shared, figures.registers)
-    return Launch(name, *grid, blocks, occupancy, waves)
+    mix = {kind: n for kind in MIX if (n := getattr(figures, kind))}
+    size = (planned.grid, planned.threads, shared, figures.registers)
+    return Launch(name, *size, blocks, occupancy, waves, mix)
 
 
 def predict(
     arch: str,
-    what: tuple[str, Any, str, str, str],  # op, case, dtype, layout, mode
-    planned: Sequence[Planned],
+    plan: Plan,
     kernels: Mapping[str, Figures],
 ) -> Prediction:
     """From the launches of a case and the figures of the kernels, by short name."""
-    gpu, (op, case, dtype, layout, mode) = GPUS[arch], what
+    gpu, ((op, case, dtype, layout, mode), planned) = GPUS[arch], plan
     names = readable(p.kernel for p in planned)
     launches = [launch(gpu, p, names[p.kernel], kernels[names[p.kernel]]) for p in planned]
-    kinds = ("matrix", "wgmma", "ffma", "dfma", "loads", "loads16", "instructions")
-    mix = {k: sum(getattr(kernels[a.kernel], k) for a in launches) for k in kinds}
+    mix = {kind: sum(a.mix.get(kind, 0) for a in launches) for kind in MIX}
     unit = "tensor" if mix["matrix"] else "fp64" if mix["dfma"] > mix["ffma"] else "fp32"
     tensor = gpu.wgmma * TENSOR_SHARE if mix["wgmma"] else min(gpu.mma, gpu.wgmma * TENSOR_SHARE)
     peak = {"tensor": tensor, "fp32": gpu.fp32, "fp64": gpu.fp64}[unit]
     flops, nbytes = case.cost(DTYPES[dtype])[mode]
     return Prediction(
-        gpu.name, op, case.name, dtype, layout, mode, nbytes, flops, unit, mix,
+        gpu.name, op, case.name, dtype, layout, mode, nbytes, flops, unit,
         memory=nbytes / (gpu.bandwidth * BANDWIDTH_SHARE),
         compute=flops / peak,
         overhead=len(launches) * LAUNCH,
@@ -167,37 +160,39 @@ def predict(
     )  # fmt: skip
 
 
+Plan = tuple[tuple[str, Any, str, str, str], list[Planned]]  # op, case, dtype, layout, mode
+
+
 def plans(
-    wanted: Callable[[str], bool], dtypes: Sequence[str], layouts: Sequence[str]
-) -> Iterator[tuple[tuple[str, Any, str, str, str], list[Any]]]:
-    """Each wanted case in every type and layout, forward and backward, with its launches."""
-    for op in operators():
-        for case in (case for case in cases(op) if wanted(case.name)):
-            for dtype in dtypes:
-                for layout in layouts:
-                    arguments = case.inputs(DTYPES[dtype], LAYOUTS[layout])
-                    for mode, launches in planned_launches(op, arguments).items():
-                        yield (op, case, dtype, layout, mode), launches
+    selection: Iterable[tuple[str, Any, str, str]], library: Path | None = None
+) -> list[Plan]:
+    """What the launch code of cuda.cu would launch for each op, case, dtype and layout, forward and
+    backward: it runs on CPU tensors, in a build of the host executor, and takes notes.
+
+    In a process of its own, where that library stands in the place of the native one.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_plans, list(selection), library).result()
 
 
-def planned_launches(op: str, arguments: Arguments) -> dict[str, list[Any]]:
-    """What the launch code of cuda.cu would launch: it runs on CPU tensors and takes notes."""
+def _plans(selection: list[tuple[str, Any, str, str]], library: Path | None) -> list[Plan]:
     executor = import_module("tests.simt.executor")  # mypy is for what has types
-
-    def cuda(_: fused.Operator, name: str) -> Any:
-        return getattr(executor.ops(), name).default
-
-    done = 0
-    found: dict[str, list[Any]] = {}
-    with served_by(cuda), executor.planned() as launches:
-        for mode in forward_and_backward(op, arguments):
-            found[mode], done = launches[done:], len(launches)
-    return found
+    library = library or executor.build()
+    executor.replace_native(library)
+    made: list[Plan] = []
+    for op, case, dtype, layout in selection:
+        arguments = case.inputs(DTYPES[dtype], LAYOUTS[layout]) | {"backend": "native"}
+        passes = forward_and_backward(op, arguments)
+        for mode in MODES[:2]:
+            with executor.planned(library) as launches:
+                next(passes)
+            made.append(((op, case, dtype, layout, mode), launches))
+    return made
 
 
 def report(predictions: Sequence[Prediction]) -> None:
     """A table for each GPU: a line a case, and below it one for each kernel that it launches."""
-    times = ("≥ µs", "bound", "memory", "compute", "launches")
+    times = ("at least", "bound", "memory", "compute", "launches")
     fill = ("blocks × threads", "shared", "registers", "blocks/SM", "occupancy", "waves")
     header = ("", *times, *fill, "instructions")
     for gpu in dict.fromkeys(p.gpu for p in predictions):
@@ -205,20 +200,15 @@ def report(predictions: Sequence[Prediction]) -> None:
         for p in (p for p in predictions if p.gpu == gpu):
             what = f"{p.op} {p.case} {p.dtype} {p.layout} {p.mode}"
             parts = (f"{t * 1e6:.1f}" for t in (p.memory, p.compute, p.overhead))
-            rows.append((what, f"{p.seconds * 1e6:.1f}", p.bound, *parts, *("",) * 6, _mix(p.mix)))
+            rows.append((what, f"{p.seconds * 1e6:.1f}", p.bound, *parts, *("",) * 7))
             rows += [(f"  {a.kernel}", *("",) * 5, *_cells(a)) for a in p.launches]
-        print_table(f"{gpu}: predicted from the binaries, not measured", header, rows)
+        print_table(f"{gpu}: predicted from the binaries, not measured; µs", header, rows)
 
 
 def _cells(a: Launch) -> tuple[str, ...]:
-    size = f"{a.grid} × {a.threads}"
-    fill = (f"{a.blocks}", f"{a.occupancy:.0%}", f"{a.waves:.2f}", "")
-    return size, f"{a.shared}", f"{a.registers}", *fill
-
-
-def _mix(mix: Mapping[str, int]) -> str:
-    kinds = [f"{n} {kind}" for kind, n in mix.items() if n and kind != "instructions"]
-    return f"{', '.join(kinds)} of {mix['instructions']}"
+    size = (f"{a.grid} × {a.threads}", f"{a.shared}", f"{a.registers}")
+    mix = " ".join(f"{n} {kind}" for kind, n in a.mix.items())
+    return *size, f"{a.blocks}", f"{a.occupancy:.0%}", f"{a.waves:.2f}", mix
 
 
 def write(path: Path, predictions: Sequence[Prediction], compilers: Mapping[str, str]) -> None:

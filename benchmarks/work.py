@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 import segkernels
 from benchmarks import baselines
-from segkernels import fused
 from segkernels.timing import Call
 
 MODES = ("forward", "backward", "forward+backward")
@@ -156,23 +153,8 @@ def input_sets(arguments: Arguments, count: int) -> Iterator[Arguments]:
         yield {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
-@contextmanager
-def served_by(implementation: Callable[[fused.Operator, str], Any]) -> Iterator[None]:
-    """The public functions run, and are differentiated, on `implementation(operator, name)` of the
-    raw forward or backward called `name`, whatever the device of their tensors."""
-
-    def raw(operator: fused.Operator, _: str, backward: bool = False) -> Any:
-        return implementation(operator, operator.name + "_backward" * backward)
-
-    with (
-        mock.patch.object(fused.Operator, "raw", raw),
-        mock.patch.object(fused, "_choose", lambda *_: "native"),
-    ):
-        yield
-
-
 def forward_and_backward(op: str, arguments: Arguments) -> Iterator[str]:
-    """Calls the public function, then its backward for every tensor; says after each which."""
+    """Calls the public function, then its backward for every tensor; each when it is asked for."""
     tensors = {k: v.detach().requires_grad_() for k, v in _tensors(arguments).items()}
     y = getattr(segkernels, op)(**(arguments | tensors))
     yield "forward"

@@ -16,10 +16,11 @@ from benchmarks import budget as law
 from benchmarks import codegen, machine_code, roofline
 from benchmarks.budget import Budget, faults, judge
 from benchmarks.machine_code import Figures
-from benchmarks.work import operators
+from benchmarks.work import cases, operators
 from segkernels import fused
 from segkernels.build_plan import Tree
 from segkernels.toolchain import BuildError
+from tests.simt import executor
 
 CUDA, TRITON = ([t for t, kind in codegen.GROUPS if kind == k] for k in ("cuda", "triton"))
 SHORT = {"sm_80": "c256_65_r12_train", "sm_90": "", "gfx942": "c256_65_r12_train"}  # by default
@@ -38,6 +39,7 @@ def why_not(kind: str) -> str:
 
 
 needs_nvcc = pytest.mark.skipif(bool(why_not("cuda")), reason=why_not("cuda"))
+needs_executor = pytest.mark.skipif(bool(executor.why_not()), reason=str(executor.why_not()))
 needs_triton = pytest.mark.skipif(bool(why_not("triton")), reason=why_not("triton"))
 
 
@@ -389,8 +391,31 @@ def test_the_roofline(figures, cost, unit, bound, seconds) -> None:
     case = SimpleNamespace(name="c", cost=lambda _: {"forward": cost})
     planned = SimpleNamespace(kernel="_Z1fv", grid=1320, threads=256, shared=0)
     what = ("op", case, "float32", "nchw", "forward")
-    made = roofline.predict("sm_90a", what, [planned], {"f": figures})
+    made = roofline.predict("sm_90a", (what, [planned]), {"f": figures})
     assert (made.unit, made.bound) == (unit, bound)
     assert made.seconds == pytest.approx(seconds + roofline.LAUNCH, rel=1e-6)
     assert made.launches[0].occupancy == 1 and made.launches[0].waves == 1320 / (8 * 132)
     assert json.loads(json.dumps(made.json()))["bound"] == bound
+
+
+@needs_executor
+def test_every_case_is_predicted() -> None:
+    """Every kernel that the launch code names is in the budget, and a block of it fits an SM."""
+    selection = [
+        (op, case, dtype, layout)
+        for op in operators()
+        for case in cases(op)
+        for dtype, layout in (("bfloat16", "channels_last"), ("float32", "nchw"))
+    ]
+    plans = roofline.plans(selection, executor.build("watch"))
+    assert [what for what, _ in plans] == [
+        (*which, mode) for which in selection for mode in ("forward", "backward")
+    ]
+    budget = Budget.read().kernels
+    for arch in roofline.GPUS:
+        for plan in plans:
+            made = roofline.predict(arch, plan, budget[arch, "cuda"])
+            assert made.launches and made.seconds > 0
+            assert made.dtype != "float32" or made.unit == "fp32"
+            for launch in made.launches:
+                assert launch.blocks >= 1, launch
