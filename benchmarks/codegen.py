@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.update:
             return _update(here)
-        now = _compile([g for g in GROUPS if g[0] in (options.arch or g)], here)
+        now = _compile([g for g in GROUPS if not options.arch or g[0] in options.arch], here)
     except (BuildError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
