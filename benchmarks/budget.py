@@ -5,8 +5,8 @@
   passes, and is told.
 - A kernel that spills never passes, nor one with more shared memory than the architecture has; no
   budget may hold either.
-- Figures of another version of the compiler are held to less: no stack where the budget has none,
-  matrix instructions where it has some.
+- Figures of another version of the compiler are held to that, and else only to no stack where the
+  budget has none and matrix instructions where it has some.
 """
 
 from __future__ import annotations
@@ -82,12 +82,13 @@ class Verdict:
 
 def judge(target: str, budget: Kernels, now: Kernels, same_compiler: bool = True) -> list[Verdict]:
     """The kernels of one group that changed or are at fault."""
-    verdicts = [Verdict(name, ("gone",)) for name in budget if name not in now]
+    gone = [name for name in budget if name not in now] if same_compiler else []
+    verdicts = [Verdict(name, ("gone",)) for name in gone]
     for name, figures in now.items():
         worse, better = faults(target, figures), list[str]()
         before = budget.get(name)
         if before is None:
-            worse.append("not in the budget")
+            worse += ["not in the budget"] * same_compiler
         elif same_compiler:
             more, better = changes(before, figures)
             worse += more

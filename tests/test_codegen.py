@@ -4,7 +4,6 @@ on kernels made worse on purpose; the prediction."""
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import __main__ as benchmarks
 from benchmarks import budget as law
 from benchmarks import codegen, machine_code, roofline
 from benchmarks.budget import Budget, faults, judge
 from benchmarks.machine_code import Figures
-from benchmarks.work import cases, operators
+from benchmarks.work import operators
 from segkernels import fused
 from segkernels.build_plan import Tree
 from segkernels.toolchain import BuildError
-from tests.simt import executor
 
 CUDA, TRITON = ([t for t, kind in codegen.GROUPS if kind == k] for k in ("cuda", "triton"))
 # which of the bfloat16 kernels are compiled by default
@@ -40,7 +39,6 @@ def why_not(kind: str) -> str:
 
 
 needs_nvcc = pytest.mark.skipif(bool(why_not("cuda")), reason=why_not("cuda"))
-needs_executor = pytest.mark.skipif(bool(executor.why_not()), reason=str(executor.why_not()))
 needs_triton = pytest.mark.skipif(bool(why_not("triton")), reason=why_not("triton"))
 
 
@@ -76,7 +74,9 @@ def test_triton_kernels_keep_the_budget(target: str, part: str) -> None:
     from benchmarks import ahead_of_time
 
     kernels = ahead_of_time.named(ahead_of_time.calls(codegen.TRITON_DTYPES), target)
-    assert set(kernels) == set(Budget.read().kernels[target, "triton"])
+    budget = Budget.read()
+    if budget.compilers["triton"] == codegen.compilers()["triton"]:
+        assert set(kernels) == set(budget.kernels[target, "triton"])
     if part == "default":
         kernels = {n: k for n, k in kernels.items() if SHORT[target] in n and "bfloat16" in n}
     check((target, "triton"), ahead_of_time.compiled(kernels, target, 2), kernels)
@@ -275,7 +275,8 @@ def test_a_kernel_that_is_gone() -> None:
 )
 def test_another_compiler_is_held_to_less(change: dict[str, int], passes: bool) -> None:
     now = {"a": BEFORE._replace(**change)}
-    assert (not judge("sm_90a", {"a": BEFORE}, now, same_compiler=False)) == passes
+    budget = {"a": BEFORE, "gone": BEFORE}
+    assert (not judge("sm_90a", budget, now | {"new": BEFORE}, same_compiler=False)) == passes
 
 
 def test_the_budget_is_read_as_it_was_written(tmp_path) -> None:
@@ -329,8 +330,12 @@ def command(monkeypatch, tmp_path) -> SimpleNamespace:
     monkeypatch.setattr(Budget, "read", lambda: read(path))
     monkeypatch.setattr(Budget, "write", lambda self: write(self, path))
     monkeypatch.setattr(roofline, "plans", lambda *_: [])
-    assert codegen.main(["--update"]) == 0
-    return SimpleNamespace(kernels=kernels, path=path, run=lambda *a: codegen.main(list(a)))
+
+    def run(*arguments: str) -> int:
+        return benchmarks.main(["codegen", *arguments])
+
+    assert run("--update") == 0
+    return SimpleNamespace(kernels=kernels, path=path, run=run)
 
 
 @pytest.mark.parametrize(
@@ -358,66 +363,3 @@ def test_another_version_is_told(command, capsys, monkeypatch) -> None:
     command.kernels["b"] = BEFORE._replace(registers=70)
     assert command.run("--arch", "sm_90a") == 0
     assert "cuda 2 is here, the budget of sm_90a is of 1" in capsys.readouterr().out
-
-
-# ---- the prediction ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("registers", "threads", "shared", "blocks"),
-    [
-        (32, 128, 0, 16),  # all 2048 threads
-        (33, 128, 0, 12),  # 40 registers after rounding: 51 warps
-        (255, 128, 0, 2),
-        (32, 32, 0, 32),  # no more blocks than that
-        (32, 128, 100 << 10, 2),
-        (32, 128, 227 << 10, 1),
-        (32, 128, 228 << 10, 0),
-    ],
-)
-def test_blocks_that_an_sm_holds(registers, threads, shared, blocks) -> None:
-    assert roofline.resident(roofline.GPUS["sm_90a"], registers, threads, shared) == blocks
-
-
-@pytest.mark.parametrize(
-    ("figures", "cost", "unit", "bound", "seconds"),
-    [
-        (Figures(32, ffma=9), (1, int(4.32e9)), "fp32", "memory", 1e-3),
-        (Figures(32, ffma=9), (int(67e9), 1), "fp32", "fp32", 1e-3),
-        (Figures(32, ffma=1, dfma=9), (int(34e9), 1), "fp64", "fp64", 1e-3),
-        (Figures(32, ffma=9, matrix=1), (int(0.63 * 989e9), 1), "tensor", "tensor", 1e-3),
-        (Figures(32, ffma=9), (1, 1), "fp32", "launches", 0),
-    ],
-)
-def test_the_roofline(figures, cost, unit, bound, seconds) -> None:
-    case = SimpleNamespace(name="c", cost=lambda _: {"forward": cost})
-    planned = SimpleNamespace(kernel="_Z1fv", grid=1320, threads=256, shared=0)
-    what = ("op", case, "float32", "nchw", "forward")
-    made = roofline.predict("sm_90a", (what, [planned]), {"f": figures})
-    assert (made.unit, made.bound) == (unit, bound)
-    assert made.seconds == pytest.approx(seconds + roofline.LAUNCH, rel=1e-6)
-    assert made.launches[0].occupancy == 1 and made.launches[0].waves == 1320 / (8 * 132)
-    assert json.loads(json.dumps(made.json()))["bound"] == bound
-
-
-@needs_executor
-def test_every_case_is_predicted() -> None:
-    """Every kernel that the launch code names is in the budget, and a block of it fits an SM."""
-    selection = [
-        (op, case, dtype, layout)
-        for op in operators()
-        for case in cases(op)
-        for dtype, layout in (("bfloat16", "channels_last"), ("float32", "nchw"))
-    ]
-    plans = roofline.plans(selection, executor.build("watch"))
-    assert [what for what, _ in plans] == [
-        (*which, mode) for which in selection for mode in ("forward", "backward")
-    ]
-    budget = Budget.read().kernels
-    for arch in roofline.GPUS:
-        for plan in plans:
-            made = roofline.predict(arch, plan, budget[arch, "cuda"])
-            assert made.launches and made.seconds > 0
-            assert made.dtype != "float32" or made.unit == "fp32"
-            for launch in made.launches:
-                assert launch.blocks >= 1, launch

@@ -117,6 +117,14 @@ def window_pixels(block_n: int, block_c: int, warps: int, x: torch.Tensor, align
     return min(block_n, 4 * 32 * warps * vector // block_c)
 
 
+def window_shape(x: torch.Tensor, pixels: int, channels_last: bool, align: int) -> tuple[int, int]:
+    """(BLOCK_N, BLOCK_C) of a forward over windows; NCHW has a place and a mask an element, so that
+    a thread gets half as many."""
+    elements = 2048 if channels_last else 1024
+    block_n, block_c = tile_shape(x.size(1), pixels, x.element_size(), channels_last, elements)
+    return window_pixels(block_n, block_c, 4, x, align), block_c
+
+
 def backward_walk(
     x: torch.Tensor, taps: int, pixels: int, channels_last: bool, align: int
 ) -> tuple[int, int, int]:

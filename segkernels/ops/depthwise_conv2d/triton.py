@@ -154,9 +154,7 @@ def depthwise_conv2d(
         return y
     x = layouts.readable(x, last)
     align = layouts.alignment(last, C, x.stride(0), x.stride(2), x.stride(3))
-    elements = 2048 if last else 1024  # NCHW: a place and a mask for every element
-    block_n, block_c = layouts.tile_shape(C, Ho * Wo, x.element_size(), last, elements)
-    block_n = layouts.window_pixels(block_n, block_c, 4, x, align)
+    block_n, block_c = layouts.window_shape(x, Ho * Wo, last, align)
     tile_count = triton.cdiv(Ho * Wo, block_n) * x.size(0)
     depthwise_conv2d_forward_kernel[(R * tile_count, triton.cdiv(C, block_c))](
         x,

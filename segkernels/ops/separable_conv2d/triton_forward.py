@@ -212,8 +212,7 @@ def depthwise(
     d = layouts.empty_map(x, R * C, size)
     x = layouts.readable(x, last)
     align = layouts.alignment(last, C, x.stride(0), x.stride(2), x.stride(3))
-    block_n, block_c = layouts.tile_shape(C, N, x.element_size(), last, 2048)
-    block_n = layouts.window_pixels(block_n, block_c, 4, x, align)
+    block_n, block_c = layouts.window_shape(x, N, last, align)
     tile_count = triton.cdiv(N, block_n) * x.size(0)
     parts = layouts.partial_sums(x, 2, tile_count, R * C)
     if d.numel() > 0:
