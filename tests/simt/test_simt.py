@@ -19,8 +19,6 @@ from tests.simt import executor
 CONTRACT = executor.ROOT / "tests" / "test_contract.py"
 CHECKS = [flavour for flavour in executor.FLAVOURS if flavour != "plain"]
 
-needs_executor = pytest.mark.skipif(executor.why_not() is not None, reason=str(executor.why_not()))
-
 
 def contract(flavour: str, library: Path, op: str) -> subprocess.CompletedProcess[str]:
     """Its tests in a process of their own; what PyTorch makes of the operators is left out."""
@@ -49,7 +47,7 @@ def runs() -> Iterator[Runs]:
         pool.shutdown(cancel_futures=True)
 
 
-@needs_executor
+@executor.needs_executor
 @pytest.mark.parametrize("op", fused.OPERATORS)
 @pytest.mark.parametrize("flavour", CHECKS)
 def test_the_contract(flavour: str, op: str, runs: Runs) -> None:
