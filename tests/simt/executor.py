@@ -4,14 +4,18 @@ their launch code, registered for CPU tensors in the place of the native CPU lib
 `pytest --device=simt` runs in a process of such a library.
 """
 
+import ctypes
 import hashlib
 import os
 import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,18 +29,30 @@ BUILD = ROOT / "build" / "simt"
 
 # those checks that find addressing faults: all of them double the compile time
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
-# flavour -> flags of the kernels and of the executor
+SANITIZE = (f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}")
+
+
+class Flavour(NamedTuple):
+    """A way to build the executor."""
+
+    kernels: tuple[str, ...] = ()  # flags of the kernels and their launch code
+    engine: tuple[str, ...] = ()  # flags of the executor's own sources
+    folders: tuple[str, ...] = ("engine",)  # which ones
+    preloaded: tuple[str, ...] = ()  # the sanitizers' libraries, needed before anything else
+
+
 FLAVOURS = {
-    "plain": [],
-    "address": [f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}"],
+    "plain": Flavour(),
+    "address": Flavour(SANITIZE, SANITIZE, preloaded=("libasan.so", "libubsan.so", "libstdc++.so")),
+    # the thread sanitizer's instrumentation, with watch/ in the place of its library
+    "watch": Flavour(("-fsanitize=thread",), ("-DSIMT_WATCH",), ("engine", "watch")),
 }
-# flavour -> the sanitizers' libraries, which must be loaded before anything else
-PRELOADED = {"address": ("libasan.so", "libubsan.so", "libstdc++.so")}
+HEADERS = ("include", "engine")
 REGISTER = HERE / "include" / "register.h"  # what every cuda.cu is compiled behind
 COMPILE = (
     *("g++", "-std=c++17", "-O1", "-fPIC", "-fno-extern-tls-init", "-DUSE_CUDA", "-x", "c++", "-c"),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    *(f"-I{path}" for path in (HERE / "include", TORCH / "include")),
+    *(f"-I{path}" for path in (*(HERE / name for name in HEADERS), TORCH / "include")),
 )
 
 
@@ -53,17 +69,22 @@ def why_not() -> str | None:
 def build(flavour: str = "plain", csrc: Path = CSRC) -> Path:
     """The library of the sources as they are; every object is compiled once per content."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    flags = FLAVOURS[flavour]
+    made = FLAVOURS[flavour]
 
     def compiled(source: Path) -> Path:
-        first = [REGISTER] if source.suffix == ".cu" else []
+        kernels = source.suffix == ".cu"
+        first = [REGISTER] if kernels else []
+        flags = made.kernels if kernels else made.engine
         options = [*COMPILE, *flags, *(f"-include{path}" for path in first)]
         digest = _digest(options, _included([source, *first], csrc))
         return _once(digest, ".o", [*options, f"-I{csrc}", str(source)])
 
-    sources = [*sorted(csrc.glob("*/cuda.cu")), *sorted(HERE.glob("*.cpp"))]
+    sources = sorted(csrc.glob("*/cuda.cu"))
+    for folder in made.folders:
+        sources += sorted((HERE / folder).glob("*.cpp"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
+    flags = [flag for flag in made.engine if flag.startswith("-fsanitize")]
     command = ["g++", "-shared", "-Wl,-Bsymbolic-functions", *flags, *map(str, objects)]
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     return _once(_digest(command, set()), ".so", [*command, *libraries])
@@ -82,8 +103,8 @@ def _included(waiting: list[Path], csrc: Path) -> set[Path]:
         path = waiting.pop()
         found.add(path)
         for name in re.findall(r'#include ["<]([^">]+)[">]', path.read_text()):
-            paths = {folder / name for folder in (path.parent, csrc, HERE / "include")}
-            waiting += [p for p in paths - found if p.exists()]
+            folders = (path.parent, csrc, *(HERE / folder for folder in HEADERS))
+            waiting += [p for f in folders if (p := f / name).exists() and p not in found]
     return found
 
 
@@ -103,7 +124,7 @@ def environment(flavour: str) -> dict[str, str]:
     """For a process that is to load a library of this flavour."""
     libraries = [
         subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
-        for name in PRELOADED.get(flavour, ())
+        for name in FLAVOURS[flavour].preloaded
     ]
     return {
         **os.environ,
@@ -118,3 +139,32 @@ def replace_native(library: Path) -> None:
     assert native._load.cache_info().currsize == 0, "a native library is already loaded"
     torch.ops.load_library(str(library))
     native._load = {"cpu": None}.get
+
+
+class Launch(NamedTuple):
+    """A launch as the host's code asked for it."""
+
+    kernel: str  # mangled
+    grid: int  # blocks
+    threads: int  # of a block
+    shared: int  # bytes of dynamic shared memory
+    cluster: int  # blocks
+
+
+@contextmanager
+def planned(library: Path) -> Iterator[list[Launch]]:
+    """Within it the launch code of a loaded library runs and its launches are noted, not run.
+
+    The list is filled at the end. Results, and what the host's code makes of them, are undefined.
+    """
+    functions = ctypes.CDLL(str(library))
+    functions.simt_planned.restype = ctypes.c_char_p
+    launches: list[Launch] = []
+    functions.simt_plan(1)
+    try:
+        yield launches
+    finally:
+        functions.simt_plan(0)
+        for line in functions.simt_planned().decode().splitlines():
+            kernel, *numbers = line.split()
+            launches.append(Launch(kernel, *map(int, numbers)))

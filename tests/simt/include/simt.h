@@ -1,46 +1,36 @@
 // A host executor for CUDA kernels: g++ compiles csrc/<op>/cuda.cu and kernels.cuh unchanged against the
 // headers of this folder, and a launch runs the grid here. It is meant to find wrong results, not to be fast.
 //
-// - Blocks run one after another; threads are fibres of one OS thread (x86-64), resumed in an order that
-//   SEGKERNELS_SIMT_SEED shuffles. A fibre runs until it waits at a barrier or a warp exchange.
-// - __shared__ is thread_local: one OS thread runs the block, so its fibres share it. Dynamic shared memory
-// is
-//   `extern __shared__ __align__(16) double shared[]` (that name and type), filled with 0xff (NaN in every
-//   floating type) before each block; under the address sanitizer nothing beyond the launch's size can be
-//   read.
-// - __syncthreads: every thread of the block must arrive, and none may have returned: else the launch aborts.
-// - __shfl_xor_sync, __syncwarp and mma are exchanges among all 32 lanes of a warp, with the same demand.
+// - Threads are fibres of one OS thread (x86-64). A fibre runs until it waits: at a barrier, at an exchange of
+//   its warp, at an atomic. Blocks that must be resident together (a cluster, a cooperative grid) are a team;
+//   each block of a team has an OS thread, of which one runs at a time. The orders of blocks and of threads
+//   are shuffled anew at every launch (SEGKERNELS_SIMT_SEED starts the sequence).
+// - __shared__ is thread_local: one OS thread runs a block, so its fibres share it. Dynamic shared memory is
+//   `extern __shared__ __align__(16) double shared[]` (that name and type). All of it is filled with 0xff (NaN
+//   in every floating type) before each block.
+// - A fault (a barrier that not all threads reach, an exchange with absent lanes, and what watch.cpp finds)
+//   ends the launch like an error on a device: the operator raises RuntimeError with kernel, block and thread.
 //
-// Not here yet: partial masks, ballots, atomics, cp.async, clusters, races between barriers.
+// What differs from a device: a warp advances lane by lane, so code that relies on lockstep without
+// __syncwarp() goes wrong here in some order of the threads, as it may on a GPU; __activemask() names the
+// lanes that have not returned; clocks, textures, printf and dynamic parallelism are absent.
 #pragma once
 
 #include <math.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <numeric>
-#include <random>
 #include <tuple>
+#include <type_traits>
 #include <utility>
-#include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
-#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
-#endif
 
 #define __global__
 #define __host__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ thread_local
 
@@ -49,6 +39,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
 
 template <class T>
 inline T min(T a, T b) {
@@ -63,105 +54,145 @@ namespace segkernels::cuda {
 extern thread_local __align__(16) double shared[];
 }
 
+// What the running thread asks of the engine (simt.cpp). Values go through untyped memory, so that nothing of
+// the engine's own is touched by instrumented code.
 namespace simt {
 
-constexpr size_t SHARED_BYTES = 227 * 1024;  // what one block can have on sm_90
 constexpr int LANES = 32;
+constexpr size_t SHARED_BYTES = 227 * 1024;  // what one block can have on sm_90
 
-struct Warp {
-  alignas(16) char slot[2][LANES]
-                       [64];  // by parity of the exchange: a fast lane cannot overwrite what a slow one reads
-  int arrived = 0;
-  unsigned exchanges = 0;
+// Waits for all threads of the block; the sum of their votes.
+int barrier(int vote);
+// Named barrier 1 … 15: waits for `threads` of them, or only arrives.
+void named_barrier(int name, unsigned threads, bool wait);
+void cluster_arrive();
+void cluster_wait();
+unsigned cluster_rank();
+unsigned cluster_blocks();
+// The place in block `rank`'s shared memory of p in this block's.
+void* shared_of(void* p, unsigned rank);
+// Gives `mine` to the lanes of `mask` and takes what each gave: all[lane], `bytes` apart. It orders nothing.
+void exchange(const char* what, unsigned mask, const void* mine, size_t bytes, void* all);
+// Waits for the lanes of `mask` and orders their accesses to memory.
+void warp_barrier(unsigned mask);
+unsigned active_lanes();
+// Copies that the thread has begun arrive when it waits for their group.
+void copy_begin(void* target, const void* source, size_t bytes, size_t filled);
+void copy_commit();
+void copy_wait(size_t groups_left);
+// The old value of *p, replaced by change(old, argument); ordered by fences alone.
+void atomic(void* p, size_t bytes, void (*change)(void* value, const void* argument), const void* argument,
+            void* old);
+void fence();
+
+struct Launch {
+  const void* kernel;
+  dim3 grid, block;
+  unsigned cluster;  // blocks; 1: none
+  bool cooperative;
+  size_t shared_bytes;
+  void (*body)(void* arguments);
+  void* arguments;  // a tuple of them
+  size_t argument_bytes;
 };
-
-struct Fibre {
-  void* stack_pointer = nullptr;  // while it does not run
-  std::unique_ptr<char[]> stack;
-  bool done = true;
-  const unsigned* counter = nullptr;  // waits while *counter == seen
-  unsigned seen = 0;
-};
-
-class Block {
- public:
-  // Runs body() once per thread of a block of `threads`.
-  void run(unsigned threads, size_t shared_bytes, unsigned seed, void (*body)(void*), void* argument);
-
-  void barrier() {
-    if (++arrived_ == threads_) {
-      arrived_ = 0;
-      ++barriers_;
-    } else {
-      wait(barriers_);
-    }
-  }
-
-  // Gives `value` to the warp and returns what its 32 lanes gave. Valid until the lane's next exchange but
-  // one.
-  template <class X>
-  const char (*exchange(const X& value))[64] {
-    static_assert(sizeof(X) <= 64, "");
-    Warp& warp = warps_[threadIdx.x / LANES];
-    const unsigned parity = warp.exchanges & 1;
-    std::memcpy(warp.slot[parity][threadIdx.x % LANES], &value, sizeof(X));
-    if (++warp.arrived == LANES) {
-      warp.arrived = 0;
-      ++warp.exchanges;
-    } else {
-      wait(warp.exchanges);
-    }
-    return warp.slot[parity];
-  }
-
-  static Block& current();
-
- private:
-  void wait(const unsigned& counter);
-  static void enter();
-
-  std::vector<Fibre> fibres_;
-  std::vector<Warp> warps_;
-  std::vector<unsigned> order_;
-  void* scheduler_ = nullptr;
-  unsigned threads_ = 0, arrived_ = 0, barriers_ = 0, running_ = 0;
-  void (*body_)(void*) = nullptr;
-  void* argument_ = nullptr;
-};
+int launch(const Launch&);  // a cudaError_t
+size_t& allowed_shared(const void* kernel);
 
 template <class X>
-X lane_value(const char (*slots)[64], int lane) {
-  X value;
-  std::memcpy(&value, slots[lane], sizeof(X));
-  return value;
+X lane_value(const char* what, unsigned mask, X value, int lane) {
+  X all[LANES];
+  exchange(what, mask, &value, sizeof(X), all);
+  return all[lane];
 }
+inline int lane() { return int(threadIdx.x % LANES); }
 
-unsigned seed();
-
-template <class... P>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(P...), std::tuple<P...> arguments) {
-  struct Call {
-    void (*kernel)(P...);
-    std::tuple<P...>& arguments;
-  } call{kernel, arguments};
-  gridDim = grid, blockDim = block;
-  for (unsigned b = 0; b < grid.x; ++b) {
-    blockIdx = dim3(b, 0, 0);
-    Block::current().run(
-        block.x, shared_bytes, seed() + b,
-        [](void* p) {
-          Call& c = *static_cast<Call*>(p);
-          std::apply(c.kernel, c.arguments);
-        },
-        &call);
-  }
+template <class T, class F>
+T atomically(T* p, T argument, F f) {
+  struct Given {
+    T argument;
+    F f;
+  } given{argument, f};
+  T old;
+  const auto change = [](void* value, const void* given) {
+    const Given& g = *static_cast<const Given*>(given);
+    T a;
+    std::memcpy(&a, value, sizeof a);
+    a = g.f(a, g.argument);
+    std::memcpy(value, &a, sizeof a);
+  };
+  atomic(p, sizeof(T), change, &given, &old);
+  return old;
 }
 
 }  // namespace simt
 
-inline void __syncthreads() { simt::Block::current().barrier(); }
-inline void __syncwarp(unsigned = ~0u) { simt::Block::current().exchange(0); }
+inline void __syncthreads() { simt::barrier(0); }
+inline int __syncthreads_count(int predicate) { return simt::barrier(predicate != 0); }
+inline int __syncthreads_or(int predicate) { return simt::barrier(predicate != 0) != 0; }
+inline int __syncthreads_and(int predicate) { return simt::barrier(predicate == 0) == 0; }
+inline void __syncwarp(unsigned mask = ~0u) { simt::warp_barrier(mask); }
+inline unsigned __activemask() { return simt::active_lanes(); }
+
+// Lanes that a width or a step leaves without a partner get their own value, as on a device.
 template <class X>
-inline X __shfl_xor_sync(unsigned, X value, int step) {
-  return simt::lane_value<X>(simt::Block::current().exchange(value), (threadIdx.x % simt::LANES) ^ step);
+inline X __shfl_sync(unsigned mask, X value, int source, int width = simt::LANES) {
+  const int first = simt::lane() / width * width;
+  return simt::lane_value("__shfl_sync", mask, value, first + source % width);
 }
+template <class X>
+inline X __shfl_xor_sync(unsigned mask, X value, int step, int width = simt::LANES) {
+  const int from = simt::lane() ^ step, last = simt::lane() / width * width + width - 1;
+  return simt::lane_value("__shfl_xor_sync", mask, value, from > last ? simt::lane() : from);
+}
+template <class X>
+inline X __shfl_down_sync(unsigned mask, X value, unsigned step, int width = simt::LANES) {
+  const int from = simt::lane() + int(step), last = simt::lane() / width * width + width - 1;
+  return simt::lane_value("__shfl_down_sync", mask, value, from > last ? simt::lane() : from);
+}
+template <class X>
+inline X __shfl_up_sync(unsigned mask, X value, unsigned step, int width = simt::LANES) {
+  const int from = simt::lane() - int(step), first = simt::lane() / width * width;
+  return simt::lane_value("__shfl_up_sync", mask, value, from < first ? simt::lane() : from);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  int all[simt::LANES];
+  simt::exchange("__ballot_sync", mask, &predicate, sizeof predicate, all);
+  unsigned votes = 0;
+  for (int i = 0; i < simt::LANES; ++i)
+    if (mask >> i & 1 && all[i]) votes |= 1u << i;
+  return votes;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+template <class T>
+inline T atomicAdd(T* p, T value) {
+  return simt::atomically(p, value, [](T a, T b) { return T(a + b); });
+}
+template <class T>
+inline T atomicMax(T* p, T value) {
+  return simt::atomically(p, value, [](T a, T b) { return a < b ? b : a; });
+}
+template <class T>
+inline T atomicMin(T* p, T value) {
+  return simt::atomically(p, value, [](T a, T b) { return b < a ? b : a; });
+}
+template <class T>
+inline T atomicExch(T* p, T value) {
+  return simt::atomically(p, value, [](T, T b) { return b; });
+}
+template <class T>
+inline T atomicCAS(T* p, T compare, T value) {
+  return simt::atomically(p, value, [compare](T a, T b) { return a == compare ? b : a; });
+}
+inline void __threadfence() { simt::fence(); }
+
+template <class T>
+inline T __ldg(const T* p) {
+  return *p;
+}
+inline float rsqrtf(float a) { return 1 / sqrtf(a); }
+inline double rsqrt(double a) { return 1 / sqrt(a); }
+inline float __expf(float a) { return expf(a); }
