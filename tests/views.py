@@ -1,4 +1,4 @@
-"""The same numbers at other strides: what slicing, transposing, concatenating and sum() hand over."""
+"""The same numbers at other strides: what slices, transposes, concatenations and sums hand over."""
 
 from __future__ import annotations
 
