@@ -23,6 +23,7 @@ CHECKS = [flavour for flavour in executor.FLAVOURS if flavour != "plain"]
 def contract(flavour: str, library: Path, op: str) -> subprocess.CompletedProcess[str]:
     """Its tests in a process of their own; what PyTorch makes of the operators is left out."""
     options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not compile", "-k", f"native and {op}"]
+    options.append("--capture=sys")  # what a sanitizer says while it ends the process is to be read
     command = [sys.executable, "-m", "pytest", *options, "--device=simt"]
     return subprocess.run(
         [*command, f"--simt-library={library}", str(CONTRACT)],
