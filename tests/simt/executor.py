@@ -38,16 +38,18 @@ class Flavour(NamedTuple):
     """A way to build the executor."""
 
     kernels: tuple[str, ...] = ()  # flags of the kernels and their launch code
-    engine: tuple[str, ...] = ()  # flags of the executor's own sources
+    engine: tuple[str, ...] = ("-O2",)  # flags of the executor's own sources
     folders: tuple[str, ...] = ("engine",)  # which ones
     preloaded: tuple[str, ...] = ()  # the sanitizers' libraries, needed before anything else
 
 
 FLAVOURS = {
     "plain": Flavour(),
-    "address": Flavour(SANITIZE, SANITIZE, preloaded=("libasan.so", "libubsan.so", "libstdc++.so")),
+    "address": Flavour(
+        SANITIZE, ("-O2", *SANITIZE), preloaded=("libasan.so", "libubsan.so", "libstdc++.so")
+    ),
     # the sanitizers' instrumentation, with watch/ in the place of their libraries
-    "watch": Flavour(WATCH, ("-DSIMT_WATCH",), ("engine", "watch")),
+    "watch": Flavour(WATCH, ("-O2", "-DSIMT_WATCH"), ("engine", "watch")),
 }
 HEADERS = ("include", "engine", "watch")
 REGISTER = HERE / "include" / "register.h"  # what every cuda.cu is compiled behind
@@ -55,7 +57,7 @@ COMPILE = (
     *(
         "g++",
         "-std=c++17",
-        "-O1",
+        "-O1",  # -O2 compiles kernels twice as long
         "-fPIC",
         "-fno-extern-tls-init",
         "-fno-gnu-unique",

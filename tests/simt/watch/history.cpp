@@ -57,13 +57,6 @@ void begin(Team& team) {
   if (team.serial() == team.first_of_launch) published.clear();
 }
 
-unsigned known(const Past& past, unsigned team_serial, unsigned member) {
-  if (team_serial == team->serial()) return (*past.team)[member];
-  if (!past.others) return 0;
-  const auto found = past.others->find(team_serial);
-  return found == past.others->end() ? 0 : (*found->second)[member];
-}
-
 void arrive(Barrier& barrier, Fibre& fibre) {
   auto& gathered = barrier.gathered;
   if (!gathered) {

@@ -39,11 +39,10 @@ extern "C" {
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
-HOOKS(8) HOOKS(16)
+HOOKS(8)
+HOOKS(16)
 #undef HOOKS
-    void __tsan_read_range(void* p, size_t bytes) {
-  note(p, bytes, read);
-}
+void __tsan_read_range(void* p, size_t bytes) { note(p, bytes, read); }
 void __tsan_write_range(void* p, size_t bytes) { note(p, bytes, write); }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}

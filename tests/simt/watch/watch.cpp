@@ -4,8 +4,8 @@
 //
 // An access must lie in memory that the launch may use: the thread's own stack, its block's (or cluster's)
 // shared memory, the elements of a tensor whose pointer the host's code took since its operator began. Then,
-// per byte: a read of what nobody wrote (shared memory in this block, tensors made by `empty` in this
-// operator) is a fault, and so is an access that an earlier one by another thread conflicts with, unless
+// for every two bytes: a read of what nobody wrote (shared memory in this block, tensors made by `empty` in
+// this operator) is a fault, and so is an access that an earlier one by another thread conflicts with, unless
 // barriers or fences with atomics order the two. Blocks are never ordered by having run one after another.
 #include <algorithm>
 #include <cstdio>
@@ -27,31 +27,41 @@ struct Use {
 };
 const char* name(bool writes, bool atomic) { return atomic ? "an atomic" : writes ? "a write" : "a read"; }
 
-// Who did something to a byte, and when.
+// Who did something to a grain of memory, and when.
 struct Mark {
-  unsigned block = 0, time = 0;  // serial number; 0: nobody
-  uint16_t thread = 0;
-  bool atomic = false;
+  uint32_t block = 0;  // serial number; 0: nobody
+  uint32_t time : 21, thread : 10, atomic : 1;
+  Mark() : time(0), thread(0), atomic(0) {}
+  Mark(const Fibre& fibre, bool atomic_)
+      : block(fibre.block->serial), time(fibre.now & 0x1fffff), thread(fibre.thread), atomic(atomic_) {}
 };
-struct Byte {
+struct Grain {
   Mark write, reads[2];  // of the reads that nothing orders, two are kept
-  bool unwritten = false;
 };
+constexpr uintptr_t GRAIN = 2;  // bytes: of the smallest type that kernels store
+// `write` of what nobody wrote since it was allocated, or since a copy into it began.
+Mark unwritten() {
+  Mark mark;
+  mark.time = 1;
+  return mark;
+}
+bool is_unwritten(const Grain& grain) { return grain.write.block == 0 && grain.write.time; }
 
-constexpr uintptr_t PAGE = 1024;
-std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages;
+constexpr uintptr_t PAGE = 512;  // grains
+std::unordered_map<uintptr_t, std::unique_ptr<Grain[]>> pages;
 struct {
   uintptr_t number = 0;
-  Byte* bytes = nullptr;
+  Grain* grains = nullptr;
 } last_page;
 
-Byte& byte_at(uintptr_t at) {
-  if (at / PAGE != last_page.number || !last_page.bytes) {
-    auto& page = pages[at / PAGE];
-    if (!page) page.reset(new Byte[PAGE]);
-    last_page = {at / PAGE, page.get()};
+inline Grain& grain_at(uintptr_t at) {
+  const uintptr_t number = at / GRAIN / PAGE;
+  if (number != last_page.number || !last_page.grains) {
+    auto& page = pages[number];
+    if (!page) page.reset(new Grain[PAGE]);
+    last_page = {number, page.get()};
   }
-  return last_page.bytes[at % PAGE];
+  return last_page.grains[at / GRAIN % PAGE];
 }
 
 // The elements of a tensor whose pointer the host took.
@@ -84,14 +94,25 @@ const Block* block_of(uintptr_t at) {
 }
 bool is_dynamic(ptrdiff_t offset) { return offset >= 0 && offset < ptrdiff_t(SHARED_BYTES); }
 
-// The array that holds the bytes: a static one of this kernel, or of a device function. Else null.
-const Static* static_at(ptrdiff_t offset, size_t bytes) {
-  const std::string of_this_kernel = "_ZZ" + symbol_of(team->launch.kernel).substr(2);
+// The static arrays of shared memory that the running kernel has: its own, and those of device functions.
+const std::vector<Static>& statics() {
+  static const void* kernel = nullptr;
+  static std::vector<Static> found;
+  if (kernel == team->launch.kernel) return found;
+  kernel = team->launch.kernel;
+  found.clear();
+  const std::string own = "_ZZ" + symbol_of(kernel).substr(2);
   for (const Static& s : library().statics) {
-    if (offset < s.first || offset + ptrdiff_t(bytes) > s.last) continue;
     const bool of_a_kernel = s.symbol.find("_kernel") != std::string::npos;
-    return !of_a_kernel || s.symbol.rfind(of_this_kernel, 0) == 0 ? &s : nullptr;
+    if (!of_a_kernel || s.symbol.rfind(own, 0) == 0) found.push_back(s);
   }
+  return found;
+}
+
+// The one that holds the bytes, or null.
+const Static* static_at(ptrdiff_t offset, size_t bytes) {
+  for (const Static& s : statics())
+    if (offset >= s.first && offset + ptrdiff_t(bytes) <= s.last) return &s;
   return nullptr;
 }
 
@@ -166,6 +187,22 @@ void must_be_ordered(const Mark& earlier, bool wrote, const Use& use) {
   report("race", use, std::string(", not ordered after ") + name(wrote, earlier.atomic) + who);
 }
 
+// A grain's history after this use of it, if that is lawful.
+Grain used(Grain grain, const Use& use, const Mark& mine, bool shared) {
+  if (shared && std::max(grain.write.block, grain.reads[0].block) < team->serial()) {
+    grain = Grain();  // of another block's life
+    grain.write = unwritten();
+  }
+  if (use.reads() && is_unwritten(grain)) report("unwritten", use);
+  must_be_ordered(grain.write, true, use);
+  if (!use.writes()) {
+    grain.reads[ordered(grain.reads[0]) ? 0 : 1] = mine;
+    return grain;
+  }
+  for (const Mark& earlier : grain.reads) must_be_ordered(earlier, false, use);
+  return {mine, {}};
+}
+
 }  // namespace
 
 void access(const void* p, size_t bytes, Access how) {
@@ -175,32 +212,22 @@ void access(const void* p, size_t bytes, Access how) {
   const bool shared = in_shared(use);
   if (!shared && !in_tensor(use, use.writes()))
     report(in_tensor(use, false) ? "read only" : "out of bounds", use);
-  const Mark mine = {running->block->serial, running->now, uint16_t(running->thread), use.atomic()};
-  for (uintptr_t at = use.at; at < use.at + bytes; ++at) {
-    Byte& byte = byte_at(at);
-    if (shared && std::max(byte.write.block, byte.reads[0].block) < team->serial()) {
-      byte = Byte();  // of another block's life
-      byte.unwritten = true;
+  const Mark mine(*running, use.atomic());
+  Grain before, after;
+  for (uintptr_t at = use.at; at < use.at + bytes; at += GRAIN) {
+    Grain& grain = grain_at(at);
+    if (at == use.at || std::memcmp(&grain, &before, sizeof grain)) {  // mostly like its neighbour
+      before = grain;
+      after = used(grain, use, mine, shared);
     }
-    if (use.reads() && byte.unwritten) report("unwritten", use);
-    must_be_ordered(byte.write, true, use);
-    if (!use.writes()) {
-      byte.reads[ordered(byte.reads[0]) ? 0 : 1] = mine;
-      continue;
-    }
-    for (Mark& earlier : byte.reads) {
-      must_be_ordered(earlier, false, use);
-      earlier = Mark();
-    }
-    byte.write = mine;
-    byte.unwritten = false;
+    grain = after;
   }
 }
 
 // Until the copy is waited for, its target is as good as unwritten.
 void copy_in_flight(const Copy& copy) {
   access(copy.target, copy.filled, write);
-  for (size_t i = 0; i < copy.filled; ++i) byte_at(uintptr_t(copy.target) + i).unwritten = true;
+  set_written(copy.target, copy.filled, false);
 }
 
 void forget() {
@@ -212,7 +239,7 @@ void allow(const void* p, size_t bytes, bool writable) {
   if (bytes) regions.push_back({uintptr_t(p), uintptr_t(p) + bytes, writable});
 }
 void set_written(const void* p, size_t bytes, bool written) {
-  for (size_t i = 0; i < bytes; ++i) byte_at(uintptr_t(p) + i).unwritten = !written;
+  for (size_t i = 0; i < bytes; i += GRAIN) grain_at(uintptr_t(p) + i).write = written ? Mark() : unwritten();
 }
 
 }  // namespace simt::watch

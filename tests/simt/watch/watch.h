@@ -6,7 +6,12 @@
 namespace simt::watch {
 
 // The time up to which what a member of a team did is ordered before what one with this past does now.
-unsigned known(const Past&, unsigned team_serial, unsigned member);
+inline unsigned known(const Past& past, unsigned team_serial, unsigned member) {
+  if (team_serial == team->serial()) return (*past.team)[member];
+  if (!past.others) return 0;
+  const auto found = past.others->find(team_serial);
+  return found == past.others->end() ? 0 : (*found->second)[member];
+}
 
 // What the host's code tells: an operator begins or ends; a kernel may use this memory; it is written, or
 // not.
