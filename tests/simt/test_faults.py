@@ -35,7 +35,7 @@ FAULTS = [
         r"block 0, thread 63: .*shared\+0x100 of 256 bytes",
     ),
     ("beyond_static", {}, "out of bounds", "block 0, thread 63: .*in none of"),
-    ("index", {}, "out of bounds", THREAD + "an index outside its array"),
+    ("index", {"threads": 32}, "out of bounds", THREAD + "an index outside its array"),
     ("overflow", {}, "undefined", THREAD + r"an overflow of \*"),
     ("input_written", {}, "read only", THREAD + r"a write of 4 bytes at tensor\+0x"),
     ("misaligned", {"threads": 31}, "misaligned", THREAD + "an access through a pointer"),

@@ -247,6 +247,8 @@ void wait(const char* what, const unsigned& counter) {
 void yield() { simt_switch(&running->stack_pointer, scheduler); }
 
 int run(const Launch& launch) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
   const char* start_of_seeds = std::getenv("SEGKERNELS_SIMT_SEED");
   std::mt19937 random(unsigned(start_of_seeds ? std::atoi(start_of_seeds) : 0) + ++launches);
   const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;

@@ -36,8 +36,8 @@ __global__ void beyond_static_kernel(const float* x, float* y, int) {
 }
 __global__ void index_kernel(const float* x, float* y, int n) {
   __shared__ float values[32];
-  values[threadIdx.x % 32 + n / 64] = x[threadIdx.x];
-  y[threadIdx.x] = values[threadIdx.x % 32];
+  values[threadIdx.x + n / 64] = x[threadIdx.x];
+  y[threadIdx.x] = values[threadIdx.x + n / 64];
 }
 __global__ void overflow_kernel(const float* x, float* y, int n) {
   y[(int(threadIdx.x) + n) * 40000000 % 64] = x[threadIdx.x];
