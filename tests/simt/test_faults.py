@@ -48,6 +48,12 @@ FAULTS = [
     ("divergent_barrier", {}, "barrier", "block 0: .*32-63 have returned; .*0-31 wait for __sync"),
     ("absent_lane", {}, "barrier", "block 0: threads 7, 39 have returned; .* wait for __shfl_xor"),
     ("foreign_mask", {}, "barrier", THREAD + "its lane is not in the mask"),
+    (
+        "different_exchanges",
+        {},
+        "barrier",
+        THREAD + "its lane is at __.*, others of the mask are at",
+    ),
     ("too_few_for_a_named_barrier", {}, "barrier", "block 0: .*0-63 wait for a named barrier"),
     ("endless", {}, "barrier", THREAD + "spins on an atomic that nobody changes"),
     (

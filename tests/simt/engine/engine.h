@@ -33,6 +33,8 @@ struct Barrier {
 // slow one still reads.
 struct Exchange {
   Barrier barrier;
+  const char* what = "";  // and of how many bytes a lane, in this generation
+  size_t bytes = 0;
   std::array<std::vector<char>, 2> slots;
 };
 
@@ -79,7 +81,8 @@ struct Team {
   unsigned threads, first_of_launch;   // of a block; serial number
   const std::vector<unsigned>& order;  // of the launch's teams, as they run
   std::vector<Block> blocks;
-  Barrier cluster;
+  std::vector<Barrier> clusters;
+  Barrier& cluster_of(const Block& block) { return clusters[block.rank / launch.cluster]; }
   unsigned serial() const { return blocks[0].serial; }
 };
 

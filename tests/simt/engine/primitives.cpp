@@ -49,13 +49,15 @@ void named_barrier(int name, unsigned threads, bool wait) {
 
 void cluster_arrive() {
   const AtWork now;
-  running->cluster_seen = team->cluster.generation;
-  arrive(team->cluster, unsigned(team->blocks.size()) * team->threads);
+  Barrier& cluster = team->cluster_of(*running->block);
+  running->cluster_seen = cluster.generation;
+  arrive(cluster, team->launch.cluster * team->threads);
 }
 void cluster_wait() {
   const AtWork now;
-  if (team->cluster.generation == running->cluster_seen) wait("the cluster", team->cluster.generation);
-  watch::leave(team->cluster, *running);
+  const Barrier& cluster = team->cluster_of(*running->block);
+  if (cluster.generation == running->cluster_seen) wait("the cluster", cluster.generation);
+  watch::leave(cluster, *running);
 }
 unsigned cluster_rank() {
   const AtWork now;
@@ -71,8 +73,8 @@ void* shared_of(void* p, unsigned rank) {
   const ptrdiff_t place = static_cast<char*>(p) - running->block->shared;
   if (rank >= team->launch.cluster)
     fault("out of bounds", "block " + std::to_string(rank) + " of its cluster");
-  return team->blocks[running->block->rank / team->launch.cluster * team->launch.cluster + rank].shared +
-         place;
+  const unsigned first = running->block->rank - running->block->rank % team->launch.cluster;
+  return team->blocks[first + rank].shared + place;
 }
 
 void exchange(const char* what, unsigned mask, const void* mine, size_t bytes, void* all) {
@@ -80,6 +82,9 @@ void exchange(const char* what, unsigned mask, const void* mine, size_t bytes, v
   const unsigned lanes = lanes_of(mask);
   Exchange& exchange = running->block->exchanges[running->thread / LANES][mask];
   Barrier& barrier = exchange.barrier;
+  if (barrier.arrived == 0) exchange.what = what, exchange.bytes = bytes;
+  if (exchange.what != std::string(what) || exchange.bytes != bytes)
+    fault("barrier", std::string("its lane is at ") + what + ", others of the mask are at " + exchange.what);
   std::vector<char>& slots = exchange.slots[barrier.generation & 1];
   slots.resize(LANES * bytes);
   std::memcpy(&slots[running->thread % LANES * bytes], mine, bytes);

@@ -264,7 +264,7 @@ int run(const Launch& launch) {
   team = &here;
   for (const unsigned t : teams) {
     std::shuffle(order.begin(), order.end(), random);
-    here.cluster = Barrier();
+    here.clusters.assign(together / launch.cluster, {});
     for (unsigned rank = 0; rank < together; ++rank) {
       Block& block = here.blocks[rank];
       start(block, rank, t * together + rank, random);

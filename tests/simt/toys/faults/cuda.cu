@@ -67,6 +67,12 @@ __global__ void absent_lane_kernel(const float* x, float* y, int) {
 __global__ void foreign_mask_kernel(const float* x, float* y, int) {
   y[threadIdx.x] = __shfl_xor_sync(0xffffu, x[threadIdx.x], 1);
 }
+__global__ void different_exchanges_kernel(const float* x, float* y, int) {
+  if (threadIdx.x % 2)
+    y[threadIdx.x] = __shfl_xor_sync(ALL_LANES, x[threadIdx.x], 1);
+  else
+    y[threadIdx.x] = float(__any_sync(ALL_LANES, x[threadIdx.x] > 0));
+}
 __global__ void too_few_for_a_named_barrier_kernel(const float* x, float* y, int) {
   named_barrier_wait(3, 96);  // of 64
   y[threadIdx.x] = x[threadIdx.x];
@@ -166,6 +172,7 @@ const Kernels faults_kernels = {
     {"divergent_barrier", divergent_barrier_kernel},
     {"absent_lane", absent_lane_kernel},
     {"foreign_mask", foreign_mask_kernel},
+    {"different_exchanges", different_exchanges_kernel},
     {"too_few_for_a_named_barrier", too_few_for_a_named_barrier_kernel},
     {"endless", endless_kernel},
     {"race_shared", race_shared_kernel},
