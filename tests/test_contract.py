@@ -5,6 +5,7 @@ Each test takes an operator, a fused backend that can run here, and the operator
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import segkernels
 from segkernels import fused, tolerance
+from tests.views import VIEWS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -27,6 +29,10 @@ FUSED = tuple(b for b in fused.BACKENDS if b != "reference")
 def _cases(name: str) -> tuple[Any, ...]:
     module = importlib.import_module(f"{fused.OPERATORS[name].package}.cases")
     return tuple(module.AWKWARD)
+
+
+def _case(op: str, name: str) -> Any:
+    return next(case for case in _cases(op) if case.name == name)
 
 
 OPERATORS = tuple(fused.OPERATORS)
@@ -87,6 +93,18 @@ def cotangent_like(op: str, inputs: dict[str, Any], seed: int = 1) -> Tensor:
     )
 
 
+class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operators that run meanwhile: .calls = [(operator, its arguments), ...]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
 def assert_lawful(
     got: dict[str, Tensor],
     yardstick: dict[str, Tensor],
@@ -107,6 +125,14 @@ def assert_lawful(
             assert err <= allowed, f"{name}: error {err:.3g} > {allowed:.3g} allowed"
 
 
+def check(op: str, case: Any, inputs: dict[str, Any], backend: str, dy: Tensor) -> None:
+    """Result and gradients of a call obey the law of tolerance."""
+    truth = with_gradients(op, widened(inputs), "reference", dy)
+    yardstick = with_gradients(op, inputs, "reference", dy)
+    got = with_gradients(op, inputs, backend, dy)
+    assert_lawful(got, yardstick, truth, case, inputs["x"].dtype)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("op", "case"), CASES)
@@ -115,11 +141,37 @@ def test_no_worse_than_the_reference(
 ) -> None:
     """Result and gradients obey the law of tolerance in every type and layout."""
     inputs = case.inputs(dtype, LAYOUTS[layout], device, kinks=dtype.itemsize > 2)
-    dy = cotangent_like(op, inputs)
-    truth = with_gradients(op, widened(inputs), "reference", dy)
-    yardstick = with_gradients(op, inputs, "reference", dy)
-    got = with_gradients(op, inputs, backend, dy)
-    assert_lawful(got, yardstick, truth, case, dtype)
+    check(op, case, inputs, backend, cotangent_like(op, inputs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(19, 1), (1, 130)], ids=["long", "wide"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_many_maps(op: str, size: tuple[int, int], layout: str, backend: str, device: str) -> None:
+    """As many as fill a GPU: its threads are then given more than a few pixels each."""
+    case = dataclasses.replace(_case(op, "odd_channels"), shape=(32, 33, *size))
+    inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
+    check(op, case, inputs, backend, cotangent_like(op, inputs))
+
+
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_every_output(op: str, case: Any, backend: str, device: str) -> None:
+    """Outputs beside the result (moments) obey the law of tolerance as well."""
+    inputs = case.inputs(torch.float32, torch.channels_last, device)
+    operator = fused.OPERATORS[op]
+    with Recorded() as recorded:
+        call(op, inputs, backend)
+    (args,) = [args for f, args in recorded.calls if f == operator.raw(backend)]
+    wide = [a.double() if isinstance(a, Tensor) else a for a in args]
+
+    def outputs(args: Any, backend: str) -> dict[str, Tensor]:
+        made = operator(*args, backend=backend)
+        return dict(
+            zip(operator.outputs, made if len(operator.outputs) > 1 else [made], strict=True)
+        )
+
+    truth = {n: t for n, t in outputs(wide, "reference").items() if t.shape != (0,)}
+    assert_lawful(outputs(args, backend), outputs(args, "reference"), truth, case, torch.float32)
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)
@@ -136,68 +188,35 @@ def test_gradcheck(op: str, case: Any, backend: str, device: str) -> None:
     assert torch.autograd.gradcheck(f, tuple(named.values()), fast_mode=True)
 
 
-def _transposed(dy: Tensor) -> Tensor:
-    return dy.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def _other_format(dy: Tensor) -> Tensor:
-    last = fused.memory_format(dy) == torch.channels_last
-    return dy.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
-
-
-def _sliced(dy: Tensor) -> Tensor:
-    wide = dy.new_full(
-        (dy.shape[0], dy.shape[1] + 3, dy.shape[2] + 1, dy.shape[3] + 2), float("nan")
-    )
-    wide[:, 1:-2, 1:, 1:-1] = dy
-    return wide[:, 1:-2, 1:, 1:-1]
-
-
-def _channel_sliced(dy: Tensor) -> Tensor:
-    """What the backward of a concatenation hands over in channels_last."""
-    wide = dy.new_full((dy.shape[0], dy.shape[1] + 3, *dy.shape[2:]), float("nan"))
-    wide = wide.contiguous(memory_format=torch.channels_last)
-    wide[:, 2:-1] = dy
-    return wide[:, 2:-1]
-
-
-def _expanded(dy: Tensor) -> Tensor:
-    return dy[:1, :1, :1, :1].expand(dy.shape)
-
-
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    f.__name__.strip("_"): f
-    for f in (_transposed, _other_format, _sliced, _channel_sliced, _expanded)
-}
+# one with odd numbers of channels; one that is moved by vectors wherever strides and address allow
+VIEWED = {"several_rates": torch.float64, "vectors": torch.bfloat16}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(("name", "dtype"), VIEWED.items(), ids=VIEWED)
 @pytest.mark.parametrize("op", OPERATORS)
-def test_strided_cotangents(op: str, view: str, layout: str, backend: str, device: str) -> None:
+def test_strided_cotangents(
+    op: str, name: str, dtype: torch.dtype, view: str, layout: str, backend: str, device: str
+) -> None:
     """A backward that assumes a contiguous cotangent passes gradcheck and opcheck; not this."""
-    case = next(c for c in _cases(op) if c.name == "several_rates")
-    inputs = case.inputs(torch.float64, LAYOUTS[layout], device)
+    case = _case(op, name)
+    inputs = case.inputs(dtype, LAYOUTS[layout], device, kinks=dtype.itemsize > 2)
     dy = VIEWS[view](cotangent_like(op, inputs))
-    dense = with_gradients(op, inputs, backend, dy.contiguous())
-    strided = with_gradients(op, inputs, backend, dy)
-    for name, expected in dense.items():
-        torch.testing.assert_close(strided[name], expected, rtol=1e-12, atol=1e-12, msg=name)
+    check(op, case, inputs, backend, dy)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(("name", "dtype"), VIEWED.items(), ids=VIEWED)
 @pytest.mark.parametrize("op", OPERATORS)
-def test_strided_inputs(op: str, view: str, layout: str, backend: str, device: str) -> None:
-    """Any strides of x: the same result and gradients as for a dense copy of it."""
-    case = next(c for c in _cases(op) if c.name == "several_rates")
-    inputs = case.inputs(torch.float64, LAYOUTS[layout], device)
-    x = VIEWS[view](inputs["x"])
-    dy = cotangent_like(op, inputs)
-    dense = with_gradients(op, inputs | {"x": x.contiguous()}, backend, dy)
-    viewed = with_gradients(op, inputs | {"x": x}, backend, dy)
-    for name, expected in dense.items():
-        torch.testing.assert_close(viewed[name], expected, rtol=1e-12, atol=1e-12, msg=name)
+def test_strided_inputs(
+    op: str, name: str, dtype: torch.dtype, view: str, layout: str, backend: str, device: str
+) -> None:
+    case = _case(op, name)
+    inputs = case.inputs(dtype, LAYOUTS[layout], device, kinks=dtype.itemsize > 2)
+    inputs["x"] = VIEWS[view](inputs["x"])
+    check(op, case, inputs, backend, cotangent_like(op, inputs))
 
 
 @contextmanager
@@ -261,20 +280,21 @@ def test_independent_of_the_batch(
 def test_nan_and_inf_propagate(
     op: str, layout: str, value: float, backend: str, device: str
 ) -> None:
-    """One bad pixel spoils exactly what it spoils in the reference."""
-    for name in ("odd_channels", "several_rates"):
-        case = next(c for c in _cases(op) if c.name == name)
-        inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
+    """One bad pixel spoils exactly what it spoils in the reference, gradients too."""
+    for name in ("odd_channels", "several_rates", "vectors"):
+        inputs = _case(op, name).inputs(torch.float32, LAYOUTS[layout], device)
         inputs["x"][0, 1, 3, 4] = value
-        got, expected = call(op, inputs, backend), call(op, inputs, "reference")
-        assert torch.equal(got.isnan(), expected.isnan())
-        assert torch.equal(got.isinf(), expected.isinf())
+        dy = cotangent_like(op, inputs)
+        expected = with_gradients(op, inputs, "reference", dy)
+        for name, got in with_gradients(op, inputs, backend, dy).items():
+            assert torch.equal(got.isnan(), expected[name].isnan()), name
+            assert torch.equal(got.isinf(), expected[name].isinf()), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_memory_format_is_kept(op: str, layout: str, backend: str, device: str) -> None:
-    case = next(c for c in _cases(op) if c.name == "several_rates")
+    case = _case(op, "several_rates")
     inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
     got = with_gradients(op, inputs, backend, cotangent_like(op, inputs))
     assert got["y"].is_contiguous(memory_format=LAYOUTS[layout])
@@ -299,17 +319,11 @@ def test_partial_gradients(op: str, case: Any, backend: str, device: str) -> Non
 def test_opcheck(op: str, case: Any, layout: str, backend: str, device: str) -> None:
     """PyTorch's own checks of the raw operators: schema, shapes and strides of the fake kernels."""
     inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
-    seen: list[tuple[Any, tuple[Any, ...]]] = []
     operator = fused.OPERATORS[op]
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if func.namespace.startswith("segkernels"):
-                seen.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        with_gradients(op, inputs, backend, cotangent_like(op, inputs))
+    dy = cotangent_like(op, inputs)
+    with Recorded() as recorded:
+        with_gradients(op, inputs, backend, dy)
+    seen = [(f, args) for f, args in recorded.calls if f.namespace.startswith("segkernels")]
     assert [f for f, _ in seen] == [operator.raw(backend), operator.raw(backend, backward=True)]
     for func, args in seen:
         torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
@@ -346,22 +360,14 @@ def test_other_derivatives_are_refused(op: str, backend: str, device: str) -> No
 @pytest.mark.parametrize("op", OPERATORS)
 def test_the_backward_makes_no_cotangent_nobody_has(op: str, backend: str, device: str) -> None:
     """Outputs beside the result (o, moments) get no maps of zeros."""
-    made: list[str] = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            made.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     case = max(_cases(op), key=lambda case: "train" in case.name)
     inputs = case.inputs(torch.float32, torch.channels_last, device)
     inputs["x"].requires_grad_()
     y = call(op, inputs, backend)
-    with Record():
-        torch.autograd.grad(y, inputs["x"], torch.ones_like(y))
-    assert "aten::zeros" not in made
+    dy = torch.ones_like(y)
+    with Recorded() as recorded:
+        torch.autograd.grad(y, inputs["x"], dy)
+    assert torch.ops.aten.zeros.default not in [f for f, _ in recorded.calls]
 
 
 @pytest.mark.compile
@@ -369,7 +375,7 @@ def test_the_backward_makes_no_cotangent_nobody_has(op: str, backend: str, devic
 @pytest.mark.parametrize("op", OPERATORS)
 def test_compiles_whole(op: str, dynamic: bool, backend: str, device: str) -> None:
     """Compiled as one graph, forward and backward; with dynamic shapes, without recompiling."""
-    case = next(c for c in _cases(op) if c.name == "several_rates")
+    case = _case(op, "several_rates")
     inputs = case.inputs(torch.float32, torch.channels_last, device)
     dy = cotangent_like(op, inputs)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -410,9 +416,7 @@ def test_exports(op: str, backend: str, device: str) -> None:
 @pytest.mark.parametrize("op", OPERATORS)
 def test_autocast(op: str, low: torch.dtype, backend: str, device: str) -> None:
     """Under autocast a float32 call equals the call on maps and weights cast by hand."""
-    inputs = next(c for c in _cases(op) if c.name == "odd_channels").inputs(
-        torch.float32, torch.channels_last, device
-    )
+    inputs = _case(op, "odd_channels").inputs(torch.float32, torch.channels_last, device)
     dy = cotangent_like(op, inputs)
     with torch.autocast(device, low):
         got = with_gradients(op, inputs, backend, dy)

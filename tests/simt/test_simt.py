@@ -19,12 +19,11 @@ from tests.simt import executor
 CONTRACT = executor.ROOT / "tests" / "test_contract.py"
 CHECKS = [flavour for flavour in executor.FLAVOURS if flavour != "plain"]
 
-needs_executor = pytest.mark.skipif(executor.why_not() is not None, reason=str(executor.why_not()))
-
 
 def contract(flavour: str, library: Path, op: str) -> subprocess.CompletedProcess[str]:
     """Its tests in a process of their own; what PyTorch makes of the operators is left out."""
     options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not compile", "-k", f"native and {op}"]
+    options.append("--capture=sys")  # what a sanitizer says while it ends the process is to be read
     command = [sys.executable, "-m", "pytest", *options, "--device=simt"]
     return subprocess.run(
         [*command, f"--simt-library={library}", str(CONTRACT)],
@@ -49,7 +48,7 @@ def runs() -> Iterator[Runs]:
         pool.shutdown(cancel_futures=True)
 
 
-@needs_executor
+@executor.needs_executor
 @pytest.mark.parametrize("op", fused.OPERATORS)
 @pytest.mark.parametrize("flavour", CHECKS)
 def test_the_contract(flavour: str, op: str, runs: Runs) -> None:
