@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def build(flavour: str = "plain", csrc: Path = CSRC) -> Path:
         first = [REGISTER] if kernels else []
         flags = made.kernels if kernels else made.engine
         options = [*COMPILE, *flags, *(f"-include{path}" for path in first)]
-        digest = _digest(options, _included([source, *first], csrc))
+        digest = _digest(options, included([source, *first], csrc))
         return _once(digest, ".o", [*options, f"-I{csrc}", str(source)])
 
     sources = sorted(csrc.glob("*/cuda.cu"))
@@ -96,7 +97,7 @@ def _digest(options: list[str], files: set[Path]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _included(waiting: list[Path], csrc: Path) -> set[Path]:
+def included(waiting: list[Path], csrc: Path) -> set[Path]:
     """These files and the project's headers that they include, at any depth."""
     found = set()
     while waiting:
@@ -132,6 +133,23 @@ def environment(flavour: str) -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": str(ROOT),
     }
+
+
+def contract(flavour: str, library: Path, keywords: str) -> subprocess.CompletedProcess[str]:
+    """The contract's tests of these keywords, up to the first failure, in a process of their own.
+
+    Those of what PyTorch makes of an operator are left out.
+    """
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not compile", "-k", keywords]
+    options += ["--capture=sys"]  # what a sanitizer says while it ends the process is to be read
+    options += ["--device=simt", f"--simt-library={library}"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / "test_contract.py")],
+        cwd=ROOT,
+        env=environment(flavour),
+        capture_output=True,
+        text=True,
+    )
 
 
 def replace_native(library: Path) -> None:
