@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from segkernels import native
@@ -31,6 +32,7 @@ BUILD = ROOT / "build" / "simt"
 # those checks that find addressing faults: all of them double the compile time
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
 SANITIZE = (f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}")
+WATCH = (f"-fsanitize=thread,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}")
 
 
 class Flavour(NamedTuple):
@@ -45,13 +47,24 @@ class Flavour(NamedTuple):
 FLAVOURS = {
     "plain": Flavour(),
     "address": Flavour(SANITIZE, SANITIZE, preloaded=("libasan.so", "libubsan.so", "libstdc++.so")),
-    # the thread sanitizer's instrumentation, with watch/ in the place of its library
-    "watch": Flavour(("-fsanitize=thread",), ("-DSIMT_WATCH",), ("engine", "watch")),
+    # the sanitizers' instrumentation, with watch/ in the place of their libraries
+    "watch": Flavour(WATCH, ("-DSIMT_WATCH",), ("engine", "watch")),
 }
-HEADERS = ("include", "engine")
+HEADERS = ("include", "engine", "watch")
 REGISTER = HERE / "include" / "register.h"  # what every cuda.cu is compiled behind
 COMPILE = (
-    *("g++", "-std=c++17", "-O1", "-fPIC", "-fno-extern-tls-init", "-DUSE_CUDA", "-x", "c++", "-c"),
+    *(
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fno-extern-tls-init",
+        "-fno-gnu-unique",
+        "-DUSE_CUDA",
+        "-x",
+        "c++",
+        "-c",
+    ),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     *(f"-I{path}" for path in (*(HERE / name for name in HEADERS), TORCH / "include")),
 )
@@ -67,6 +80,9 @@ def why_not() -> str | None:
     return None
 
 
+needs_executor = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
 def build(flavour: str = "plain", csrc: Path = CSRC) -> Path:
     """The library of the sources as they are; every object is compiled once per content."""
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -78,7 +94,7 @@ def build(flavour: str = "plain", csrc: Path = CSRC) -> Path:
         flags = made.kernels if kernels else made.engine
         options = [*COMPILE, *flags, *(f"-include{path}" for path in first)]
         digest = _digest(options, included([source, *first], csrc))
-        return _once(digest, ".o", [*options, f"-I{csrc}", str(source)])
+        return _once(digest, ".o", [*options, f"-I{csrc}", f"-I{CSRC}", str(source)])
 
     sources = sorted(csrc.glob("*/cuda.cu"))
     for folder in made.folders:
@@ -104,7 +120,7 @@ def included(waiting: list[Path], csrc: Path) -> set[Path]:
         path = waiting.pop()
         found.add(path)
         for name in re.findall(r'#include ["<]([^">]+)[">]', path.read_text()):
-            folders = (path.parent, csrc, *(HERE / folder for folder in HEADERS))
+            folders = (path.parent, csrc, CSRC, *(HERE / folder for folder in HEADERS))
             waiting += [p for f in folders if (p := f / name).exists() and p not in found]
     return found
 

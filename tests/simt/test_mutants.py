@@ -25,7 +25,7 @@ DEPTHWISE, SEPARABLE = "depthwise_conv2d", "separable_conv2d"
 OTHER_TYPES = re.compile(r" *case ScalarType::(?:Double|Float|Half):\n *return f\(.*\);\n")
 CONTRACT = "({test} and bfloat16 or strided and vectors)".format(test="(no_worse or bitwise)")
 
-pytestmark = pytest.mark.skipif(executor.why_not() is not None, reason=str(executor.why_not()))
+pytestmark = executor.needs_executor
 
 
 class Mutant(NamedTuple):

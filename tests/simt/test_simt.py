@@ -17,7 +17,7 @@ from tests.simt import executor
 CHECKS = [flavour for flavour in executor.FLAVOURS if flavour != "plain"]
 Runs = dict[tuple[str, str], "Future[subprocess.CompletedProcess[str]]"]
 
-pytestmark = pytest.mark.skipif(executor.why_not() is not None, reason=str(executor.why_not()))
+pytestmark = executor.needs_executor
 
 
 @pytest.fixture(scope="module")

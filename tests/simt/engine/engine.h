@@ -13,7 +13,8 @@
 namespace simt {
 
 // What happened before, kept by the watch alone. A thread's time ticks whenever it releases what it did (it
-// arrives at a barrier, it fences); times[i] is the time up to which all that thread i of a team did is known.
+// arrives at a barrier, it fences); times[i] is the time up to which all that thread i of a team did is
+// known.
 using Times = std::shared_ptr<const std::vector<unsigned>>;
 struct Past {
   Times team;
@@ -65,17 +66,18 @@ struct Block {
   unsigned left = 0;              // threads that have not returned
   std::vector<Fibre> fibres;
   std::vector<unsigned> order;
-  std::array<Barrier, 16> barriers;  // 0 is __syncthreads'
+  std::array<Barrier, 16> barriers;                        // 0 is __syncthreads'
   std::vector<std::map<unsigned, Barrier>> warp_barriers;  // [warp], by mask
   std::vector<std::map<unsigned, Exchange>> exchanges;
-  char* shared = nullptr;           // of the OS thread that runs it
-  std::unique_ptr<Worker> worker;   // where the team has several blocks
+  char* shared = nullptr;          // of the OS thread that runs it
+  std::unique_ptr<Worker> worker;  // where the team has several blocks
 };
 
 // Blocks that are resident together.
 struct Team {
   const Launch& launch;
-  unsigned threads, first_of_launch;  // of a block; serial number
+  unsigned threads, first_of_launch;   // of a block; serial number
+  const std::vector<unsigned>& order;  // of the launch's teams, as they run
   std::vector<Block> blocks;
   Barrier cluster;
   unsigned serial() const { return blocks[0].serial; }
@@ -85,17 +87,32 @@ int run(const Launch&);  // a cudaError_t
 extern Team* team;       // the running one, or null
 extern Fibre* running;   // null: the host's code
 
-// Static shared memory is all thread-local memory of this library but the dynamic array; places relative to
-// that array's begin.
-struct SharedLayout {
-  ptrdiff_t first, last;
+// Whether instrumented code is a kernel's: the linker may give the engine itself instrumented copies of what
+// the standard library's headers define. The engine is at work while one of these lives.
+extern bool in_kernel;
+struct AtWork {
+  AtWork() { in_kernel = false; }
+  ~AtWork() { in_kernel = true; }
 };
-SharedLayout shared_layout();
+
+// This shared library. Places in shared memory are relative to the dynamic array's begin.
+struct Static {
+  ptrdiff_t first, last;
+  std::string symbol;
+};
+struct Library {
+  uintptr_t first = 0, last = 0;                // its image
+  ptrdiff_t shared_first = 0, shared_last = 0;  // its thread-local memory
+  std::vector<Static> statics;
+};
+const Library& library();
+std::string symbol_of(const void* kernel);
 
 void yield();
 void wait(const char* what, const unsigned& counter);  // until it changes
 
 std::string kernel_name(const void* kernel);
+dim3 index_of(unsigned block);
 std::string name_of(dim3 block);
 // "kernel, block 3, thread 17" of the running fibre.
 std::string place();
@@ -108,9 +125,10 @@ constexpr size_t STACK_BYTES = 256 * 1024;
 
 // What every access and every synchronisation tells the watch (watch.cpp), where it is built in.
 namespace watch {
+enum Access { read, write, update, exchange };  // the last two are atomics; an exchange does not read
 #ifdef SIMT_WATCH
 void begin(Team&);
-void access(const void* p, size_t bytes, bool write, bool atomic = false);
+void access(const void* p, size_t bytes, Access);
 void copy_in_flight(const Copy&);
 void arrive(Barrier&, Fibre&);
 void complete(Barrier&);
@@ -119,7 +137,7 @@ void fence(Fibre&);
 void synchronise(const void* p, Fibre&);
 #else
 inline void begin(Team&) {}
-inline void access(const void*, size_t, bool, bool = false) {}
+inline void access(const void*, size_t, Access) {}
 inline void copy_in_flight(const Copy&) {}
 inline void arrive(Barrier&, Fibre&) {}
 inline void complete(Barrier&) {}

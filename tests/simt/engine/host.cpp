@@ -1,6 +1,5 @@
 // The entry points of CUDA and of a CUDA PyTorch that the launching code refers to, and the tests' own.
 #include <cxxabi.h>
-#include <dlfcn.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -14,11 +13,6 @@ namespace {
 
 bool planning = false;
 std::string plan;  // a line a launch
-
-std::string symbol_of(const void* kernel) {
-  Dl_info info = {};
-  return dladdr(kernel, &info) && info.dli_sname ? info.dli_sname : "a kernel without a name";
-}
 
 }  // namespace
 

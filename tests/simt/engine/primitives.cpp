@@ -32,12 +32,14 @@ unsigned lanes_of(unsigned mask) {
 }  // namespace
 
 int barrier(int vote) {
+  const AtWork now;
   Barrier& all = running->block->barriers[0];
   arrive_and_wait("__syncthreads", all, team->threads, vote);
   return all.counted;
 }
 
 void named_barrier(int name, unsigned threads, bool wait) {
+  const AtWork now;
   if (name < 1 || name > 15) fault("barrier", "named barrier " + std::to_string(name) + " of 1 to 15");
   if (threads % LANES || threads == 0)
     fault("barrier", "a named barrier for " + std::to_string(threads) + " threads, not whole warps");
@@ -46,23 +48,35 @@ void named_barrier(int name, unsigned threads, bool wait) {
 }
 
 void cluster_arrive() {
+  const AtWork now;
   running->cluster_seen = team->cluster.generation;
   arrive(team->cluster, unsigned(team->blocks.size()) * team->threads);
 }
 void cluster_wait() {
+  const AtWork now;
   if (team->cluster.generation == running->cluster_seen) wait("the cluster", team->cluster.generation);
   watch::leave(team->cluster, *running);
 }
-unsigned cluster_rank() { return running->block->rank % team->launch.cluster; }
-unsigned cluster_blocks() { return team->launch.cluster; }
+unsigned cluster_rank() {
+  const AtWork now;
+  return running->block->rank % team->launch.cluster;
+}
+unsigned cluster_blocks() {
+  const AtWork now;
+  return team->launch.cluster;
+}
 
 void* shared_of(void* p, unsigned rank) {
+  const AtWork now;
   const ptrdiff_t place = static_cast<char*>(p) - running->block->shared;
-  if (rank >= team->launch.cluster) fault("out of bounds", "block " + std::to_string(rank) + " of its cluster");
-  return team->blocks[running->block->rank - cluster_rank() + rank].shared + place;
+  if (rank >= team->launch.cluster)
+    fault("out of bounds", "block " + std::to_string(rank) + " of its cluster");
+  return team->blocks[running->block->rank / team->launch.cluster * team->launch.cluster + rank].shared +
+         place;
 }
 
 void exchange(const char* what, unsigned mask, const void* mine, size_t bytes, void* all) {
+  const AtWork now;
   const unsigned lanes = lanes_of(mask);
   Exchange& exchange = running->block->exchanges[running->thread / LANES][mask];
   Barrier& barrier = exchange.barrier;
@@ -79,11 +93,13 @@ void exchange(const char* what, unsigned mask, const void* mine, size_t bytes, v
 }
 
 void warp_barrier(unsigned mask) {
+  const AtWork now;
   const unsigned lanes = lanes_of(mask);
   arrive_and_wait("__syncwarp", running->block->warp_barriers[running->thread / LANES][mask], lanes);
 }
 
 unsigned active_lanes() {
+  const AtWork now;
   const unsigned first = running->thread / LANES * LANES;
   unsigned mask = 0;
   for (unsigned i = 0; i < LANES && first + i < team->threads; ++i)
@@ -92,6 +108,7 @@ unsigned active_lanes() {
 }
 
 void copy_begin(void* target, const void* source, size_t bytes, size_t filled) {
+  const AtWork now;
   if (uintptr_t(target) % filled || (bytes && uintptr_t(source) % filled))
     fault("misaligned", "a copy of " + std::to_string(filled) + " bytes");
   const Copy copy = {static_cast<char*>(target), static_cast<const char*>(source), bytes, filled};
@@ -100,25 +117,28 @@ void copy_begin(void* target, const void* source, size_t bytes, size_t filled) {
   running->copies.back().push_back(copy);
 }
 void copy_commit() {
+  const AtWork now;
   if (running->copies.empty()) running->copies.emplace_back();
   running->copies.emplace_back();
 }
 void copy_wait(size_t groups_left) {
+  const AtWork now;
   auto& groups = running->copies;  // the open one is not waited for
   for (; groups.size() > groups_left + 1; groups.pop_front())
     for (const Copy& copy : groups.front()) {
-      watch::access(copy.source, copy.bytes, false);
-      watch::access(copy.target, copy.filled, true);
+      watch::access(copy.source, copy.bytes, watch::read);
+      watch::access(copy.target, copy.filled, watch::write);
       std::memcpy(copy.target, copy.source, copy.bytes);
       std::memset(copy.target + copy.bytes, 0, copy.filled - copy.bytes);
     }
 }
 
-void atomic(void* p, size_t bytes, void (*change)(void* value, const void* argument), const void* argument,
-            void* old) {
+void atomic(void* p, size_t bytes, bool reads, void (*change)(void* value, const void* argument),
+            const void* argument, void* old) {
+  const AtWork now;
   static unsigned unchanged = 0;  // in a row: threads may wait for each other by looking at memory
   if (uintptr_t(p) % bytes) fault("misaligned", "an atomic of " + std::to_string(bytes) + " bytes");
-  watch::access(p, bytes, true, true);
+  watch::access(p, bytes, reads ? watch::update : watch::exchange);
   watch::synchronise(p, *running);
   char value[16];
   std::memcpy(old, p, bytes);
@@ -133,6 +153,9 @@ void atomic(void* p, size_t bytes, void (*change)(void* value, const void* argum
   yield();
 }
 
-void fence() { watch::fence(*running); }
+void fence() {
+  const AtWork now;
+  watch::fence(*running);
+}
 
 }  // namespace simt

@@ -1,7 +1,6 @@
 // The executor's engine: fibres, blocks, teams, and what threads wait for.
 #include "engine.h"
 
-#include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -49,14 +48,11 @@ simt_switch:
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-namespace segkernels::cuda {
-alignas(128) thread_local double shared[simt::SHARED_BYTES / sizeof(double)];
-}
-
 namespace simt {
 
 Team* team = nullptr;
 Fibre* running = nullptr;
+bool in_kernel = false;
 namespace {
 void* scheduler = nullptr;  // the stack that resumed the running fibre
 std::string report;         // of the fault that ends the launch
@@ -100,38 +96,15 @@ struct Worker {
   }
 };
 
-SharedLayout shared_layout() {
-  struct Search {
-    char* dynamics;
-    SharedLayout found;
-  } search = {reinterpret_cast<char*>(segkernels::cuda::shared), {0, 0}};
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* p) {
-        Search& search = *static_cast<Search*>(p);
-        char* const base = static_cast<char*>(info->dlpi_tls_data);
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const auto& header = info->dlpi_phdr[i];
-          if (header.p_type != PT_TLS || search.dynamics < base || search.dynamics >= base + header.p_memsz)
-            continue;
-          search.found = {base - search.dynamics, base + header.p_memsz - search.dynamics};
-          return 1;
-        }
-        return 0;
-      },
-      &search);
-  return search.found;
-}
-
 namespace {
 
 // Poisons the shared memory of this OS thread, and gives it to the block.
 void prepare(Block& block) {
-  static const SharedLayout layout = shared_layout();
   const size_t bytes = team->launch.shared_bytes;
   char* memory = block.shared = reinterpret_cast<char*>(segkernels::cuda::shared);
   ASAN_UNPOISON_MEMORY_REGION(memory, SHARED_BYTES);
-  std::memset(memory + layout.first, 0xff, size_t(-layout.first) + bytes);
-  std::memset(memory + SHARED_BYTES, 0xff, size_t(layout.last) - SHARED_BYTES);
+  std::memset(memory + library().shared_first, 0xff, size_t(-library().shared_first) + bytes);
+  std::memset(memory + SHARED_BYTES, 0xff, size_t(library().shared_last) - SHARED_BYTES);
   ASAN_POISON_MEMORY_REGION(memory + bytes, SHARED_BYTES - bytes);
 }
 
@@ -148,7 +121,9 @@ char* stack_of(size_t fibre) {
 }
 
 void enter() {
+  in_kernel = true;
   team->launch.body(team->launch.arguments);
+  in_kernel = false;
   running->done = true;
   --running->block->left;
   static void* unused;  // static: the address sanitizer would mark a local one's stack for ever
@@ -167,12 +142,11 @@ void start(Fibre& fibre, Block& block, unsigned thread) {
 }
 
 void start(Block& block, unsigned rank, unsigned index, std::mt19937& random) {
-  const dim3 grid = team->launch.grid;
   block.rank = rank, block.serial = ++serials;
   block.barriers = {};
   block.warp_barriers.assign((team->threads + LANES - 1) / LANES, {});
   block.exchanges.assign(block.warp_barriers.size(), {});
-  block.index = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
+  block.index = index_of(index);
   block.left = team->threads;
   block.fibres.resize(team->threads);
   block.order.resize(team->threads);
@@ -243,6 +217,11 @@ void run_team(const std::vector<unsigned>& order) {
 
 }  // namespace
 
+dim3 index_of(unsigned block) {
+  const dim3 grid = team->launch.grid;
+  return dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
+}
+
 std::string name_of(dim3 index) {
   std::string name = std::to_string(index.x);
   if (index.y || index.z) name += ", " + std::to_string(index.y) + ", " + std::to_string(index.z);
@@ -278,8 +257,8 @@ int run(const Launch& launch) {
   std::shuffle(teams.begin(), teams.end(), random);
   gridDim = launch.grid, blockDim = launch.block;
   report.clear();
-  const unsigned first = serials + 1;
-  Team here = {launch, launch.block.x * launch.block.y * launch.block.z, first, std::vector<Block>(together), {}};
+  const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+  Team here = {launch, threads, serials + 1, teams, std::vector<Block>(together), {}};
   team = &here;
   for (const unsigned t : teams) {
     std::shuffle(order.begin(), order.end(), random);

@@ -1,15 +1,17 @@
 // A host executor for CUDA kernels: g++ compiles csrc/<op>/cuda.cu and kernels.cuh unchanged against the
 // headers of this folder, and a launch runs the grid here. It is meant to find wrong results, not to be fast.
 //
-// - Threads are fibres of one OS thread (x86-64). A fibre runs until it waits: at a barrier, at an exchange of
+// - Threads are fibres of one OS thread (x86-64). A fibre runs until it waits: at a barrier, at an exchange
+// of
 //   its warp, at an atomic. Blocks that must be resident together (a cluster, a cooperative grid) are a team;
 //   each block of a team has an OS thread, of which one runs at a time. The orders of blocks and of threads
 //   are shuffled anew at every launch (SEGKERNELS_SIMT_SEED starts the sequence).
 // - __shared__ is thread_local: one OS thread runs a block, so its fibres share it. Dynamic shared memory is
-//   `extern __shared__ __align__(16) double shared[]` (that name and type). All of it is filled with 0xff (NaN
-//   in every floating type) before each block.
+//   `extern __shared__ __align__(16) double shared[]` (that name and type). All of it is filled with 0xff
+//   (NaN in every floating type) before each block.
 // - A fault (a barrier that not all threads reach, an exchange with absent lanes, and what watch.cpp finds)
-//   ends the launch like an error on a device: the operator raises RuntimeError with kernel, block and thread.
+//   ends the launch like an error on a device: the operator raises RuntimeError with kernel, block and
+//   thread.
 //
 // What differs from a device: a warp advances lane by lane, so code that relies on lockstep without
 // __syncwarp() goes wrong here in some order of the threads, as it may on a GPU; __activemask() names the
@@ -80,9 +82,9 @@ unsigned active_lanes();
 void copy_begin(void* target, const void* source, size_t bytes, size_t filled);
 void copy_commit();
 void copy_wait(size_t groups_left);
-// The old value of *p, replaced by change(old, argument); ordered by fences alone.
-void atomic(void* p, size_t bytes, void (*change)(void* value, const void* argument), const void* argument,
-            void* old);
+// The old value of *p, replaced by change(old, argument), which reads it or not; ordered by fences alone.
+void atomic(void* p, size_t bytes, bool reads, void (*change)(void* value, const void* argument),
+            const void* argument, void* old);
 void fence();
 
 struct Launch {
@@ -107,7 +109,7 @@ X lane_value(const char* what, unsigned mask, X value, int lane) {
 inline int lane() { return int(threadIdx.x % LANES); }
 
 template <class T, class F>
-T atomically(T* p, T argument, F f) {
+T atomically(T* p, T argument, F f, bool reads = true) {
   struct Given {
     T argument;
     F f;
@@ -120,7 +122,7 @@ T atomically(T* p, T argument, F f) {
     a = g.f(a, g.argument);
     std::memcpy(value, &a, sizeof a);
   };
-  atomic(p, sizeof(T), change, &given, &old);
+  atomic(p, sizeof(T), reads, change, &given, &old);
   return old;
 }
 
@@ -181,7 +183,7 @@ inline T atomicMin(T* p, T value) {
 }
 template <class T>
 inline T atomicExch(T* p, T value) {
-  return simt::atomically(p, value, [](T, T b) { return b; });
+  return simt::atomically(p, value, [](T, T b) { return b; }, false);
 }
 template <class T>
 inline T atomicCAS(T* p, T compare, T value) {

@@ -3,43 +3,48 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 
-#include "engine.h"
+#include "watch.h"
 
-namespace simt::watch {
-void forget();
-void allow(const void* p, size_t bytes, bool writable);
-void set_written(const void* p, size_t bytes, bool written);
-}  // namespace simt::watch
-
-using simt::watch::access;
+using namespace simt::watch;
 
 namespace {
 
-inline void access_aligned(void* p, size_t bytes, bool write) {
-  if (!simt::running) return;
-  if (uintptr_t(p) % bytes)
-    simt::fault("misaligned", std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes");
-  access(p, bytes, write);
+void note(void* p, size_t bytes, Access how) {
+  if (!simt::in_kernel) return;
+  const simt::AtWork now;
+  access(p, bytes, how);
 }
-inline void access_anyhow(void* p, size_t bytes, bool write) {
-  if (simt::running) access(p, bytes, write);
+
+[[noreturn]] void undefined(const char* kind, const char* words) {
+  if (!simt::in_kernel) {
+    std::fprintf(stderr, "simt: %s: in the host's code: %s\n", kind, words);
+    std::abort();
+  }
+  const simt::AtWork now;
+  simt::fault(kind, words);
 }
 
 }  // namespace
 
 extern "C" {
 
-#define HOOKS(n)                                                                     \
-  void __tsan_read##n(void* p) { access_aligned(p, n, false); }                      \
-  void __tsan_write##n(void* p) { access_aligned(p, n, true); }                      \
-  void __tsan_unaligned_read##n(void* p) { access_anyhow(p, n, false); }             \
-  void __tsan_unaligned_write##n(void* p) { access_anyhow(p, n, true); }
-HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+#define HOOKS(n)                                               \
+  void __tsan_read##n(void* p) { note(p, n, read); }           \
+  void __tsan_write##n(void* p) { note(p, n, write); }         \
+  void __tsan_unaligned_read##n(void* p) { note(p, n, read); } \
+  void __tsan_unaligned_write##n(void* p) { note(p, n, write); }
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8) HOOKS(16)
 #undef HOOKS
-void __tsan_read_range(void* p, size_t bytes) { access_anyhow(p, bytes, false); }
-void __tsan_write_range(void* p, size_t bytes) { access_anyhow(p, bytes, true); }
+    void __tsan_read_range(void* p, size_t bytes) {
+  note(p, bytes, read);
+}
+void __tsan_write_range(void* p, size_t bytes) { note(p, bytes, write); }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __tsan_func_entry(void*) {}
@@ -49,6 +54,19 @@ void __tsan_init() {}
 unsigned __tsan_atomic32_fetch_add(volatile unsigned* p, unsigned value, int) {
   return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
 }
+
+// What the undefined behaviour sanitizer's instrumentation calls.
+#define UNDEFINED(check, kind, words) \
+  void __ubsan_handle_##check##_abort() { undefined(kind, words); }
+UNDEFINED(type_mismatch_v1, "misaligned", "an access through a pointer that is not aligned to its type")
+UNDEFINED(out_of_bounds, "out of bounds", "an index outside its array")
+UNDEFINED(shift_out_of_bounds, "undefined", "a shift by more bits than there are")
+UNDEFINED(add_overflow, "undefined", "an overflow of +")
+UNDEFINED(sub_overflow, "undefined", "an overflow of -")
+UNDEFINED(mul_overflow, "undefined", "an overflow of *")
+UNDEFINED(negate_overflow, "undefined", "an overflow of a change of sign")
+UNDEFINED(divrem_overflow, "undefined", "a division by zero or its overflow")
+#undef UNDEFINED
 
 }  // extern "C"
 
@@ -93,22 +111,22 @@ extern "C" {
 // An operator begins and ends: what is known of global memory is known within it.
 int aoti_torch_create_device_guard(int32_t, void** guard) {
   *guard = nullptr;
-  simt::watch::forget();
+  forget();
   return 0;
 }
 int aoti_torch_delete_device_guard(void*) {
-  simt::watch::forget();
+  forget();
   return 0;
 }
 
 int torch_get_mutable_data_ptr(Handle tensor, void** p) {
   const int error = next<int(Handle, void**)>("torch_get_mutable_data_ptr")(tensor, p);
-  if (!error) simt::watch::allow(*p, extent(tensor), true);
+  if (!error) allow(*p, extent(tensor), true);
   return error;
 }
 int torch_get_const_data_ptr(Handle tensor, const void** p) {
   const int error = next<int(Handle, const void**)>("torch_get_const_data_ptr")(tensor, p);
-  if (!error) simt::watch::allow(*p, extent(tensor), false);
+  if (!error) allow(*p, extent(tensor), false);
   return error;
 }
 
@@ -120,7 +138,7 @@ int torch_call_dispatcher(const char* name, const char* overload, uint64_t* stac
   const Handle made = reinterpret_cast<Handle>(stack[0]);
   void* p = nullptr;
   if (next<int(Handle, void**)>("aoti_torch_get_data_ptr")(made, &p) == 0 && p)
-    simt::watch::set_written(p, extent(made), std::string(name).rfind("aten::empty", 0) != 0);
+    set_written(p, extent(made), std::string(name).rfind("aten::empty", 0) != 0);
   return 0;
 }
 

@@ -4,18 +4,28 @@
 //
 // An access must lie in memory that the launch may use: the thread's own stack, its block's (or cluster's)
 // shared memory, the elements of a tensor whose pointer the host's code took since its operator began. Then,
-// per byte: a read of what nobody wrote (shared memory in this block, tensors made by `empty` in this operator)
-// is a fault, and so is an access that an earlier one by another thread conflicts with, unless barriers or
-// fences with atomics order the two. Blocks are never ordered by having run one after another.
-#include <link.h>
-
+// per byte: a read of what nobody wrote (shared memory in this block, tensors made by `empty` in this
+// operator) is a fault, and so is an access that an earlier one by another thread conflicts with, unless
+// barriers or fences with atomics order the two. Blocks are never ordered by having run one after another.
 #include <algorithm>
+#include <cstdio>
 #include <unordered_map>
 
-#include "engine.h"
+#include "watch.h"
 
 namespace simt::watch {
 namespace {
+
+// A load, a store or an atomic of the running thread.
+struct Use {
+  uintptr_t at;
+  size_t bytes;
+  Access how;
+  bool writes() const { return how != read; }
+  bool reads() const { return how == read || how == update; }
+  bool atomic() const { return how == update || how == exchange; }
+};
+const char* name(bool writes, bool atomic) { return atomic ? "an atomic" : writes ? "a write" : "a read"; }
 
 // Who did something to a byte, and when.
 struct Mark {
@@ -51,22 +61,10 @@ struct Region {
 };
 std::vector<Region> regions;
 
-// What fences and atomics told at a place.
-std::unordered_map<const void*, Past> published;
-
-// What a thread knows of a team's past: the time up to which it is ordered before what the thread does now.
-unsigned known(const Past& past, unsigned team_serial, unsigned member) {
-  if (team_serial == team->serial()) return (*past.team)[member];
-  if (!past.others) return 0;
-  const auto found = past.others->find(team_serial);
-  return found == past.others->end() ? 0 : (*found->second)[member];
-}
-
 bool ordered(const Mark& mark) {
   if (mark.block < team->first_of_launch) return true;
   if (mark.block == running->block->serial && mark.thread == running->thread) return true;
-  const unsigned size = unsigned(team->blocks.size());
-  const unsigned rank = (mark.block - team->first_of_launch) % size;
+  const unsigned rank = (mark.block - team->first_of_launch) % unsigned(team->blocks.size());
   return mark.time <= known(running->past, mark.block - rank, rank * team->threads + mark.thread);
 }
 
@@ -76,221 +74,134 @@ std::string hex(uintptr_t number) {
   return text;
 }
 
-std::string describe_shared(uintptr_t at) {
+// The block in whose shared memory an address lies, or null.
+const Block* block_of(uintptr_t at) {
   for (const Block& block : team->blocks) {
     const ptrdiff_t offset = reinterpret_cast<char*>(at) - block.shared;
-    const SharedLayout layout = shared_layout();
-    if (offset < layout.first || offset >= layout.last) continue;
-    const std::string whose = &block == running->block ? "" : " of block " + name_of(block.index);
-    if (offset >= 0 && offset < ptrdiff_t(SHARED_BYTES)) return "shared+" + hex(uintptr_t(offset)) + whose;
-    return "static shared memory" + whose + " at " + hex(at);
+    if (offset >= library().shared_first && offset < library().shared_last) return &block;
   }
-  return hex(at);
+  return nullptr;
+}
+bool is_dynamic(ptrdiff_t offset) { return offset >= 0 && offset < ptrdiff_t(SHARED_BYTES); }
+
+// The array that holds the bytes: a static one of this kernel, or of a device function. Else null.
+const Static* static_at(ptrdiff_t offset, size_t bytes) {
+  const std::string of_this_kernel = "_ZZ" + symbol_of(team->launch.kernel).substr(2);
+  for (const Static& s : library().statics) {
+    if (offset < s.first || offset + ptrdiff_t(bytes) > s.last) continue;
+    const bool of_a_kernel = s.symbol.find("_kernel") != std::string::npos;
+    return !of_a_kernel || s.symbol.rfind(of_this_kernel, 0) == 0 ? &s : nullptr;
+  }
+  return nullptr;
 }
 
+// " at shared+0x40", ", 4 bytes after a tensor's last element".
 std::string describe(uintptr_t at) {
   for (const Fibre& fibre : running->block->fibres)
     if (at - uintptr_t(fibre.stack) < STACK_BYTES)
-      return hex(at) + ", in the local memory of thread " + std::to_string(fibre.thread);
-  const Region* nearest = nullptr;
-  for (const Region& region : regions)
-    if (region.first <= at && (!nearest || region.first > nearest->first)) nearest = &region;
-  if (!nearest || at - nearest->first > (uintptr_t(1) << 30)) return describe_shared(at);
-  const std::string offset = "tensor+" + hex(at - nearest->first);
-  if (at < nearest->last) return offset;
-  return offset + ", " + std::to_string(at - nearest->last) + " bytes after its last element";
-}
-
-const char* name(bool write, bool atomic) { return atomic ? "atomic" : write ? "write" : "read"; }
-
-[[noreturn]] void report(const char* kind, uintptr_t at, size_t bytes, bool write, bool atomic,
-                         const std::string& more = "") {
-  fault(kind, std::string(name(write, atomic)) + " of " + std::to_string(bytes) + " bytes at " + describe(at) + more);
-}
-
-// Whether the access lies in shared memory that may be used; one beyond its end is a fault.
-bool in_shared(uintptr_t at, size_t bytes, bool write, bool atomic) {
-  static const SharedLayout layout = shared_layout();
-  for (const Block& block : team->blocks) {
-    const ptrdiff_t offset = reinterpret_cast<char*>(at) - block.shared;
-    if (offset < layout.first || offset >= layout.last) continue;
-    const bool dynamic = offset >= 0 && offset < ptrdiff_t(SHARED_BYTES);
-    const ptrdiff_t size = ptrdiff_t(team->launch.shared_bytes);
-    if (dynamic && offset + ptrdiff_t(bytes) > size)
-      report("out of bounds", at, bytes, write, atomic, " of " + std::to_string(size) + " bytes");
-    if (block.left == 0) report("out of bounds", at, bytes, write, atomic, ": that block has ended");
-    return true;
+      return " at " + hex(at) + ", in the local memory of thread " + std::to_string(fibre.thread);
+  if (const Block* block = block_of(at)) {
+    const std::string whose = block == running->block ? "" : " of block " + name_of(block->index);
+    const ptrdiff_t offset = reinterpret_cast<char*>(at) - block->shared;
+    if (is_dynamic(offset)) return " at shared+" + hex(uintptr_t(offset)) + whose;
+    const Static* array = static_at(offset, 1);
+    if (!array) return " at static shared memory" + whose + ", in none of the kernel's arrays";
+    const size_t name = array->symbol.find_first_not_of("0123456789", array->symbol.rfind('E') + 1);
+    return " at " + array->symbol.substr(name) + "+" + hex(uintptr_t(offset - array->first)) + whose;
   }
-  return false;
+  const auto distance = [&](const Region& r) {
+    return at < r.first ? r.first - at : at < r.last ? 0 : at - r.last;
+  };
+  const auto nearest =
+      std::min_element(regions.begin(), regions.end(),
+                       [&](const Region& a, const Region& b) { return distance(a) < distance(b); });
+  if (nearest == regions.end() || distance(*nearest) >= (1 << 20)) return " at " + hex(at);
+  const std::string bytes = ", " + std::to_string(distance(*nearest)) + " bytes ";
+  if (at < nearest->first) return bytes + "before a tensor's first element";
+  if (at >= nearest->last) return bytes + "after a tensor's last element";
+  return " at tensor+" + hex(at - nearest->first);
 }
 
-bool in_tensor(uintptr_t at, size_t bytes, bool write) {
-  static size_t last = 0;
+[[noreturn]] void report(const char* kind, const Use& use, const std::string& more = "") {
+  fault(kind, std::string(name(use.writes(), use.atomic())) + " of " + std::to_string(use.bytes) + " bytes" +
+                  describe(use.at) + more);
+}
+
+// Whether it lies in shared memory, which it may not leave.
+bool in_shared(const Use& use) {
+  const Block* block = block_of(use.at);
+  if (!block) return false;
+  const ptrdiff_t offset = reinterpret_cast<char*>(use.at) - block->shared;
+  const ptrdiff_t size = ptrdiff_t(team->launch.shared_bytes);
+  if (is_dynamic(offset) && offset + ptrdiff_t(use.bytes) > size)
+    report("out of bounds", use, " of " + std::to_string(size) + " bytes");
+  if (!is_dynamic(offset) && !static_at(offset, use.bytes)) report("out of bounds", use);
+  if (block->left == 0) report("out of bounds", use, ": that block has ended");
+  return true;
+}
+
+bool in_tensor(const Use& use, bool to_write) {
+  static size_t last = 0;  // where the one before was found
   const auto holds = [&](const Region& r) {
-    return at >= r.first && at + bytes <= r.last && (r.writable || !write);
+    return r.first <= use.at && use.at + use.bytes <= r.last && (r.writable || !to_write);
   };
   if (last < regions.size() && holds(regions[last])) return true;
-  for (last = 0; last < regions.size(); ++last)
-    if (holds(regions[last])) return true;
-  return false;
+  last = size_t(std::find_if(regions.begin(), regions.end(), holds) - regions.begin());
+  return last < regions.size();
 }
 
 // Constants (and threadIdx …) in this library's image, and the arguments of the kernel.
 bool constant(uintptr_t at) {
-  static const std::pair<uintptr_t, uintptr_t> image = [] {
-    std::pair<uintptr_t, uintptr_t> found;
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* p) {
-          for (int i = 0; i < info->dlpi_phnum; ++i) {
-            const uintptr_t first = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr;
-            if (info->dlpi_phdr[i].p_type != PT_LOAD || uintptr_t(&blockIdx) - first >= info->dlpi_phdr[i].p_memsz)
-              continue;
-            *static_cast<std::pair<uintptr_t, uintptr_t>*>(p) = {info->dlpi_addr, first + info->dlpi_phdr[i].p_memsz};
-            return 1;
-          }
-          return 0;
-        },
-        &found);
-    return found;
-  }();
   return at - uintptr_t(team->launch.arguments) < team->launch.argument_bytes ||
-         (image.first <= at && at < image.second);
+         (library().first <= at && at < library().last);
 }
 
-[[noreturn]] void conflict(const Mark& earlier, bool earlier_wrote, uintptr_t at, size_t bytes, bool write,
-                           bool atomic) {
-  std::string other = "thread " + std::to_string(earlier.thread);
+void must_be_ordered(const Mark& earlier, bool wrote, const Use& use) {
+  if ((use.atomic() && earlier.atomic) || ordered(earlier)) return;
+  std::string who = " by thread " + std::to_string(earlier.thread);
   if (earlier.block != running->block->serial) {
-    const auto theirs = std::find_if(team->blocks.begin(), team->blocks.end(),
-                                     [&](const Block& b) { return b.serial == earlier.block; });
-    other += theirs != team->blocks.end() ? " of block " + name_of(theirs->index) : " of another block";
+    const unsigned place = earlier.block - team->first_of_launch, size = unsigned(team->blocks.size());
+    who += " of block " + name_of(index_of(team->order[place / size] * size + place % size));
   }
-  report("race", at, bytes, write, atomic,
-         std::string(", not ordered after a ") + name(earlier_wrote, earlier.atomic) + " by " + other);
+  report("race", use, std::string(", not ordered after ") + name(wrote, earlier.atomic) + who);
 }
 
 }  // namespace
 
-void begin(Team& team) {
-  const auto nothing = std::make_shared<std::vector<unsigned>>(team.blocks.size() * team.threads);
-  for (Block& block : team.blocks)
-    for (Fibre& fibre : block.fibres) fibre.past.team = nothing;
-  if (team.serial() == team.first_of_launch) published.clear();
-}
-
-void access(const void* p, size_t bytes, bool write, bool atomic) {
-  const uintptr_t first = uintptr_t(p);
-  if (first - uintptr_t(running->stack) < STACK_BYTES || bytes == 0) return;
-  if (!write && constant(first)) return;
-  const bool shared = in_shared(first, bytes, write, atomic);
-  if (!shared && !in_tensor(first, bytes, write))
-    report(in_tensor(first, bytes, false) ? "read only" : "out of bounds", first, bytes, write, atomic);
-  const Mark mine = {running->block->serial, running->now, uint16_t(running->thread), atomic};
-  for (uintptr_t at = first; at < first + bytes; ++at) {
+void access(const void* p, size_t bytes, Access how) {
+  const Use use = {uintptr_t(p), bytes, how};
+  if (use.at - uintptr_t(running->stack) < STACK_BYTES || bytes == 0) return;
+  if (!use.writes() && constant(use.at)) return;
+  const bool shared = in_shared(use);
+  if (!shared && !in_tensor(use, use.writes()))
+    report(in_tensor(use, false) ? "read only" : "out of bounds", use);
+  const Mark mine = {running->block->serial, running->now, uint16_t(running->thread), use.atomic()};
+  for (uintptr_t at = use.at; at < use.at + bytes; ++at) {
     Byte& byte = byte_at(at);
     if (shared && std::max(byte.write.block, byte.reads[0].block) < team->serial()) {
       byte = Byte();  // of another block's life
       byte.unwritten = true;
     }
-    if ((!write || atomic) && byte.unwritten) report("unwritten", first, bytes, write, atomic);
-    if (!(atomic && byte.write.atomic) && !ordered(byte.write))
-      conflict(byte.write, true, first, bytes, write, atomic);
-    if (write) {
-      for (Mark& read : byte.reads) {
-        if (!(atomic && read.atomic) && !ordered(read)) conflict(read, false, first, bytes, write, atomic);
-        read = Mark();
-      }
-      byte.write = mine;
-      byte.unwritten = false;
-    } else {
+    if (use.reads() && byte.unwritten) report("unwritten", use);
+    must_be_ordered(byte.write, true, use);
+    if (!use.writes()) {
       byte.reads[ordered(byte.reads[0]) ? 0 : 1] = mine;
+      continue;
     }
+    for (Mark& earlier : byte.reads) {
+      must_be_ordered(earlier, false, use);
+      earlier = Mark();
+    }
+    byte.write = mine;
+    byte.unwritten = false;
   }
 }
 
 // Until the copy is waited for, its target is as good as unwritten.
 void copy_in_flight(const Copy& copy) {
-  access(copy.target, copy.filled, true);
+  access(copy.target, copy.filled, write);
   for (size_t i = 0; i < copy.filled; ++i) byte_at(uintptr_t(copy.target) + i).unwritten = true;
 }
-
-namespace {
-
-void learn(Past& past, const Past& more) {
-  if (more.team && past.team != more.team) {
-    if (!past.team) {
-      past.team = more.team;
-    } else {
-      auto joined = std::make_shared<std::vector<unsigned>>(*past.team);
-      for (size_t i = 0; i < joined->size(); ++i) (*joined)[i] = std::max((*joined)[i], (*more.team)[i]);
-      past.team = joined;
-    }
-  }
-  if (more.others && past.others != more.others) {
-    auto joined = std::make_shared<std::map<unsigned, Times>>(*more.others);
-    if (past.others)
-      for (const auto& [serial, times] : *past.others) {
-        Times& theirs = (*joined)[serial];
-        Past both = {theirs, nullptr};
-        learn(both, {times, nullptr});
-        theirs = both.team;
-      }
-    past.others = joined;
-  }
-}
-
-// A team's own past as others see it, and back.
-Past of_others(const Past& past) {
-  if (!past.team) return past;
-  Past out = {nullptr, std::make_shared<std::map<unsigned, Times>>(
-                           std::map<unsigned, Times>{{team->serial(), past.team}})};
-  learn(out, {nullptr, past.others});
-  return out;
-}
-Past mine_apart(const Past& past) {
-  if (!past.others || !past.others->count(team->serial())) return past;
-  return {past.others->at(team->serial()), past.others};
-}
-
-unsigned member(const Fibre& fibre) { return fibre.block->rank * team->threads + fibre.thread; }
-
-}  // namespace
-
-void arrive(Barrier& barrier, Fibre& fibre) {
-  auto& gathered = barrier.gathered;
-  if (!gathered) {
-    gathered = std::make_shared<std::vector<unsigned>>(*fibre.past.team);
-  } else if (fibre.past.team != barrier.latest.team) {
-    for (size_t i = 0; i < gathered->size(); ++i)
-      (*gathered)[i] = std::max((*gathered)[i], (*fibre.past.team)[i]);
-  }
-  barrier.latest.team = fibre.arrived_with = fibre.past.team;
-  learn(barrier.latest, {nullptr, fibre.past.others});
-  (*gathered)[member(fibre)] = fibre.now++;
-}
-void complete(Barrier& barrier) { barrier.told = {std::move(barrier.gathered), barrier.latest.others}; }
-void leave(const Barrier& barrier, Fibre& fibre) {
-  if (fibre.past.team == fibre.arrived_with)  // which the barrier's includes
-    fibre.past = barrier.told;
-  else
-    learn(fibre.past, barrier.told);
-}
-
-void fence(Fibre& fibre) {
-  learn(fibre.past, fibre.acquirable);
-  fibre.acquirable = {};
-  auto times = std::make_shared<std::vector<unsigned>>(*fibre.past.team);
-  (*times)[member(fibre)] = fibre.now++;
-  fibre.released = {times, fibre.past.others};
-}
-
-void synchronise(const void* p, Fibre& fibre) {
-  Past& here = published[p];
-  learn(fibre.acquirable, mine_apart(here));
-  learn(here, of_others(fibre.released));
-}
-
-// ---- what the host's code tells
 
 void forget() {
   pages.clear();
