@@ -11,7 +11,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -149,23 +148,6 @@ def environment(flavour: str) -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": str(ROOT),
     }
-
-
-def contract(flavour: str, library: Path, keywords: str) -> subprocess.CompletedProcess[str]:
-    """The contract's tests of these keywords, up to the first failure, in a process of their own.
-
-    Those of what PyTorch makes of an operator are left out.
-    """
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not compile", "-k", keywords]
-    options += ["--capture=sys"]  # what a sanitizer says while it ends the process is to be read
-    options += ["--device=simt", f"--simt-library={library}"]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / "test_contract.py")],
-        cwd=ROOT,
-        env=environment(flavour),
-        capture_output=True,
-        text=True,
-    )
 
 
 def replace_native(library: Path) -> None:
