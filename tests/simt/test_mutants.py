@@ -226,11 +226,11 @@ def hold(op: str) -> None:
     """The part of the contract that is about kernels, in bfloat16."""
     where = "native", "cpu"
     for layout in contract.LAYOUTS:
+        for view in VIEWS:
+            contract.test_strided_inputs(op, "vectors", DTYPE, view, layout, *where)
         for case in contract.cases(op):
             contract.test_no_worse_than_the_reference(op, case, DTYPE, layout, *where)
             contract.test_bitwise_reproducible(op, case, DTYPE, layout, *where)
-        for view in VIEWS:
-            contract.test_strided_inputs(op, "vectors", DTYPE, view, layout, *where)
 
 
 Runs = dict[str, "Future[subprocess.CompletedProcess[str]]"]
