@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.utils._python_dispatch
 from torch import Tensor
 
@@ -26,17 +25,17 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FUSED = tuple(b for b in fused.BACKENDS if b != "reference")
 
 
-def _cases(name: str) -> tuple[Any, ...]:
+def cases(name: str) -> tuple[Any, ...]:
     module = importlib.import_module(f"{fused.OPERATORS[name].package}.cases")
     return tuple(module.AWKWARD)
 
 
-def _case(op: str, name: str) -> Any:
-    return next(case for case in _cases(op) if case.name == name)
+def case_of(op: str, name: str) -> Any:
+    return next(case for case in cases(op) if case.name == name)
 
 
 OPERATORS = tuple(fused.OPERATORS)
-CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPERATORS for case in _cases(op)]
+CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPERATORS for case in cases(op)]
 
 
 @pytest.fixture(params=FUSED)
@@ -149,7 +148,7 @@ def test_no_worse_than_the_reference(
 @pytest.mark.parametrize("op", OPERATORS)
 def test_many_maps(op: str, size: tuple[int, int], layout: str, backend: str, device: str) -> None:
     """As many as fill a GPU: its threads are then given more than a few pixels each."""
-    case = dataclasses.replace(_case(op, "odd_channels"), shape=(32, 33, *size))
+    case = dataclasses.replace(case_of(op, "odd_channels"), shape=(32, 33, *size))
     inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
     check(op, case, inputs, backend, cotangent_like(op, inputs))
 
@@ -200,7 +199,7 @@ def test_strided_cotangents(
     op: str, name: str, dtype: torch.dtype, view: str, layout: str, backend: str, device: str
 ) -> None:
     """A backward that assumes a contiguous cotangent passes gradcheck and opcheck; not this."""
-    case = _case(op, name)
+    case = case_of(op, name)
     inputs = case.inputs(dtype, LAYOUTS[layout], device, kinks=dtype.itemsize > 2)
     dy = VIEWS[view](cotangent_like(op, inputs))
     check(op, case, inputs, backend, dy)
@@ -213,7 +212,7 @@ def test_strided_cotangents(
 def test_strided_inputs(
     op: str, name: str, dtype: torch.dtype, view: str, layout: str, backend: str, device: str
 ) -> None:
-    case = _case(op, name)
+    case = case_of(op, name)
     inputs = case.inputs(dtype, LAYOUTS[layout], device, kinks=dtype.itemsize > 2)
     inputs["x"] = VIEWS[view](inputs["x"])
     check(op, case, inputs, backend, cotangent_like(op, inputs))
@@ -282,7 +281,7 @@ def test_nan_and_inf_propagate(
 ) -> None:
     """One bad pixel spoils exactly what it spoils in the reference, gradients too."""
     for name in ("odd_channels", "several_rates", "vectors"):
-        inputs = _case(op, name).inputs(torch.float32, LAYOUTS[layout], device)
+        inputs = case_of(op, name).inputs(torch.float32, LAYOUTS[layout], device)
         inputs["x"][0, 1, 3, 4] = value
         dy = cotangent_like(op, inputs)
         expected = with_gradients(op, inputs, "reference", dy)
@@ -294,7 +293,7 @@ def test_nan_and_inf_propagate(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_memory_format_is_kept(op: str, layout: str, backend: str, device: str) -> None:
-    case = _case(op, "several_rates")
+    case = case_of(op, "several_rates")
     inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
     got = with_gradients(op, inputs, backend, cotangent_like(op, inputs))
     assert got["y"].is_contiguous(memory_format=LAYOUTS[layout])
@@ -331,7 +330,7 @@ def test_opcheck(op: str, case: Any, layout: str, backend: str, device: str) -> 
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> None:
-    inputs = _cases(op)[1].inputs(torch.float32, torch.channels_last, device)
+    inputs = cases(op)[1].inputs(torch.float32, torch.channels_last, device)
     inputs["x"].requires_grad_()
     y = call(op, inputs, backend)
     with pytest.raises(RuntimeError, match="backend='reference'"):
@@ -341,7 +340,7 @@ def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> N
 @pytest.mark.parametrize("op", OPERATORS)
 def test_other_derivatives_are_refused(op: str, backend: str, device: str) -> None:
     """Forward mode and torch.func: an error that says what to do; the reference knows them."""
-    inputs = _cases(op)[1].inputs(torch.float64, torch.channels_last, device)
+    inputs = cases(op)[1].inputs(torch.float64, torch.channels_last, device)
     x = inputs.pop("x")
 
     def f(x: Tensor, backend: str) -> Tensor:
@@ -360,7 +359,7 @@ def test_other_derivatives_are_refused(op: str, backend: str, device: str) -> No
 @pytest.mark.parametrize("op", OPERATORS)
 def test_the_backward_makes_no_cotangent_nobody_has(op: str, backend: str, device: str) -> None:
     """Outputs beside the result (o, moments) get no maps of zeros."""
-    case = max(_cases(op), key=lambda case: "train" in case.name)
+    case = max(cases(op), key=lambda case: "train" in case.name)
     inputs = case.inputs(torch.float32, torch.channels_last, device)
     inputs["x"].requires_grad_()
     y = call(op, inputs, backend)
@@ -375,10 +374,12 @@ def test_the_backward_makes_no_cotangent_nobody_has(op: str, backend: str, devic
 @pytest.mark.parametrize("op", OPERATORS)
 def test_compiles_whole(op: str, dynamic: bool, backend: str, device: str) -> None:
     """Compiled as one graph, forward and backward; with dynamic shapes, without recompiling."""
-    case = _case(op, "several_rates")
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes seconds
+
+    case = case_of(op, "several_rates")
     inputs = case.inputs(torch.float32, torch.channels_last, device)
     dy = cotangent_like(op, inputs)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def f(**arguments: Any) -> Tensor:
         return call(op, arguments, backend) * 2
@@ -401,7 +402,7 @@ def test_compiles_whole(op: str, dynamic: bool, backend: str, device: str) -> No
 @pytest.mark.compile
 @pytest.mark.parametrize("op", OPERATORS)
 def test_exports(op: str, backend: str, device: str) -> None:
-    inputs = _cases(op)[1].inputs(torch.float32, torch.channels_last, device)
+    inputs = cases(op)[1].inputs(torch.float32, torch.channels_last, device)
 
     class Layer(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -416,7 +417,7 @@ def test_exports(op: str, backend: str, device: str) -> None:
 @pytest.mark.parametrize("op", OPERATORS)
 def test_autocast(op: str, low: torch.dtype, backend: str, device: str) -> None:
     """Under autocast a float32 call equals the call on maps and weights cast by hand."""
-    inputs = _case(op, "odd_channels").inputs(torch.float32, torch.channels_last, device)
+    inputs = case_of(op, "odd_channels").inputs(torch.float32, torch.channels_last, device)
     dy = cotangent_like(op, inputs)
     with torch.autocast(device, low):
         got = with_gradients(op, inputs, backend, dy)

@@ -286,7 +286,7 @@ def depthwise_backward_row(
             g = tl.load(dy + col.to(tl.int64) * stride_dyw, mask=inside, other=0.0).to(x.dtype)
             if NEED_DX:
                 dx += g * tl.load(w + t * C, mask=in_c, other=0.0).to(x.dtype)
-            dw += (before[t] + x * g,)
+            dw += (before[t] + tl.where(inside, x * g, 0.0),)  # a NaN of x meets no zero
         else:
             dw += (before[t],)
     return dx, dw

@@ -94,7 +94,7 @@ def build(flavour: str = "plain", csrc: Path = CSRC) -> Path:
         first = [REGISTER] if kernels else []
         flags = made.kernels if kernels else made.engine
         options = [*COMPILE, *flags, *(f"-include{path}" for path in first)]
-        digest = _digest(options, _included([source, *first], csrc))
+        digest = _digest(options, included([source, *first], csrc))
         return _once(digest, ".o", [*options, f"-I{csrc}", f"-I{CSRC}", str(source)])
 
     sources = sorted(csrc.glob("*/cuda.cu"))
@@ -114,7 +114,7 @@ def _digest(options: list[str], files: set[Path]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _included(waiting: list[Path], csrc: Path) -> set[Path]:
+def included(waiting: list[Path], csrc: Path) -> set[Path]:
     """These files and the project's headers that they include, at any depth."""
     found = set()
     while waiting:
