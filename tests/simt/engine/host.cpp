@@ -1,5 +1,8 @@
 // The entry points of CUDA and of a CUDA PyTorch that the launching code refers to, and the tests' own.
 #include <cxxabi.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <cstdio>
 #include <cstdlib>
@@ -52,6 +55,16 @@ int launch(const Launch& launch) {
   return 0;
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+// The sanitizer's report is followed by the place.
+const bool places_are_told = [] {
+  __asan_set_error_report_callback([](const char*) {
+    if (running) std::fprintf(stderr, "simt: out of bounds: %s\n", place().c_str());
+  });
+  return true;
+}();
+#endif
+
 }  // namespace simt
 
 extern "C" {
@@ -63,12 +76,6 @@ void simt_plan(int on) {
 }
 // "symbol blocks threads bytes-of-dynamic-shared-memory blocks-of-a-cluster", a line a launch.
 const char* simt_planned() { return simt::plan.c_str(); }
-
-#if defined(__SANITIZE_ADDRESS__)
-void __asan_on_error() {
-  if (simt::running) std::fprintf(stderr, "simt: out of bounds: %s:\n", simt::place().c_str());
-}
-#endif
 
 #ifndef SIMT_WATCH  // hooks.cpp has them
 int aoti_torch_create_device_guard(int32_t, void** guard) {
