@@ -17,9 +17,10 @@ from tests.simt import executor
 
 # build of the executor -> the contract's tests on it; the watch sees every path once
 CHECKS = {
-    "watch": " and (no_worse or strided or many or partial)",
     "address": "",
+    "watch": " and (no_worse or strided or many or partial)",
 }
+LONGEST_FIRST = [(check, op) for check in CHECKS for op in reversed(tuple(fused.OPERATORS))]
 Runs = dict[tuple[str, str], "Future[subprocess.CompletedProcess[str]]"]
 
 pytestmark = executor.needs_executor
@@ -45,11 +46,7 @@ def runs() -> Iterator[Runs]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for check in CHECKS:
             executor.build(check)
-        yield {
-            (check, op): pool.submit(contract, check, op)
-            for check in CHECKS
-            for op in fused.OPERATORS
-        }
+        yield {key: pool.submit(contract, *key) for key in LONGEST_FIRST}
         pool.shutdown(cancel_futures=True)
 
 
