@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import machine_code
+from segkernels.build_plan import Tree
+from segkernels.toolchain import BuildError
 from tests.simt import executor
 from tests.simt.toys import run
 
@@ -136,3 +142,29 @@ def test_the_order_of_threads_changes_from_launch_to_launch() -> None:
         tuple(semantics("arrivals", x, 65, threads=64, zero=True)[1:].tolist()) for _ in range(3)
     }
     assert len(runs) == 3
+
+
+@pytest.mark.build
+def test_the_toys_are_cuda(tmp_path: Path) -> None:
+    """nvcc takes the same sources, with the hardware's definitions of csrc/common."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(executor.CSRC / "common", csrc / "common")
+    shutil.copytree(executor.HERE / "toys", csrc, dirs_exist_ok=True)
+    for source in csrc.glob("*/cuda.cu"):
+        source.with_name("cpu.cpp").touch()  # an operator has both
+    tree = Tree(Tree.here().package, csrc)
+    try:
+        machine_code.plan_for("9.0a", tree)
+        machine_code.tool("nvdisasm")
+    except BuildError as error:
+        pytest.skip(str(error))
+    kernels = machine_code.cuda_kernels("9.0a", tree)
+    products = {name: figures.matrix for name, figures in kernels.items() if "product" in name}
+    assert products == {
+        "product16_kernel<bf16>": 1,
+        "product16_kernel<fp16>": 1,
+        "product8_kernel": 1,
+    }
+    assert {"copies_kernel", "cluster_kernel", "named_barriers_kernel", "no_fence_kernel"} <= set(
+        kernels
+    )
