@@ -3,8 +3,8 @@
 - Worse is more registers, stack, spills, shared memory or accesses to local memory; fewer matrix
   instructions or 16-byte loads; a kernel that the budget lacks, and one of it that is gone. Better
   passes, and is told.
-- A kernel that spills never passes, nor one with more shared memory than the architecture has; no
-  budget may hold either.
+- A kernel that spills never passes, nor one with more shared memory (of a fixed size) than the
+  architecture has; no budget may hold either.
 - Figures of another version of the compiler are held to that, and else only to no stack where the
   budget has none and matrix instructions where it has some.
 """

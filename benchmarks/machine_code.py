@@ -177,7 +177,10 @@ def cuda_kernels(arch: str, tree: Tree | None = None) -> dict[str, Figures]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", timeout=600), ThreadPoolExecutor(plan.jobs) as pool:
         made = list(pool.map(lambda step: figures_of(step, plan), compilations(plan, folder)))
-    return {name: figures for kernels in made for name, figures in kernels.items()}
+    every = {name: figures for kernels in made for name, figures in kernels.items()}
+    if len(every) < sum(map(len, made)):
+        raise ValueError("two sources have kernels of one name")
+    return every
 
 
 def compilations(plan: Plan, folder: Path) -> list[Step]:
@@ -211,6 +214,10 @@ def read(cubin: Path, report: str) -> dict[str, Figures]:
     """The figures of a cubin's kernels, by short name, with nvcc's report of its making."""
     code, used = disassemble(cubin), resources(report)
     names = readable(used)
+    if len(set(names.values())) < len(used):
+        raise ValueError(
+            f"kernels of one name in {cubin.stem}: {', '.join(sorted(names.values()))}"
+        )
     return {
         names[symbol]: count(code[symbol])._replace(
             **{k: v for k, v in figures._asdict().items() if v}

@@ -38,7 +38,9 @@ def device(request: pytest.FixtureRequest) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if name == "simt":
-        executor.replace_native(request.config.getoption("--simt-library") or executor.build())
+        executor.replace_native(
+            request.config.getoption("--simt-library") or executor.build("watch")
+        )
         return "cpu"
     return name
 

@@ -45,7 +45,8 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
         pytest.skip(f"{name}: not what --device=simt is for")
     reason = fused.OPERATORS[OPERATORS[0]].reasons(torch.empty(0, 0, 0, 0, device=device), *_KERNEL)
     if reason[name] is not None:
-        pytest.skip(f"{name}: {reason[name]}")
+        lacking = pytest.fail if request.config.getoption("--device") == "simt" else pytest.skip
+        lacking(f"{name}: {reason[name]}")
     return name
 
 

@@ -15,14 +15,16 @@ template <int BYTES>
 __device__ inline void copy_async(void* target, const void* source, int bytes = BYTES) {
   const unsigned place = unsigned(__cvta_generic_to_shared(target));
   if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(source), "r"(bytes));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(source), "r"(bytes)
+                 : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(place), "l"(source), "n"(BYTES),
-                 "r"(bytes));
+                 "r"(bytes)
+                 : "memory");
 }
 
 // Closes the group of copies begun since the last one.
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most LEFT of this thread's groups are under way; other threads see them after a barrier.
 template <int LEFT>

@@ -11,9 +11,11 @@ import platform
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +73,13 @@ COMPILE = (
 )
 
 
+@cache
+def _compiler() -> str:
+    """The version of g++."""
+    command = ["g++", "-dumpfullversion", "-dumpversion"]
+    return subprocess.check_output(command, text=True).strip()
+
+
 def why_not() -> str | None:
     """None where the executor can be built and run, else the reason."""
     machine = f"{platform.system()} {platform.machine()}"
@@ -78,6 +87,8 @@ def why_not() -> str | None:
         return f"the host executor's fibres are written for Linux x86_64, this is {machine}"
     if shutil.which("g++") is None:
         return "the host executor is compiled with g++, which is not here (apt install g++)"
+    if int(_compiler().split(".")[0]) < 12:
+        return f"the host executor needs g++ 12 or later (_Float16), this is {_compiler()}"
     return None
 
 
@@ -110,7 +121,12 @@ def build(flavour: str = "plain", csrc: Path = CSRC) -> Path:
 
 def _digest(options: list[str], files: set[Path]) -> str:
     """Of all that an object is made of, but for the headers of the system and of PyTorch."""
-    parts = [torch.__version__, *options, *(path.read_text() for path in sorted(files))]
+    parts = [
+        torch.__version__,
+        _compiler(),
+        *options,
+        *(path.read_text() for path in sorted(files)),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -130,7 +146,7 @@ def _once(digest: str, suffix: str, command: list[str]) -> Path:
     """The file of this content; the command makes it (-o is added) where it is not there yet."""
     target = BUILD / f"{digest[:16]}{suffix}"
     if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}{suffix}")
+        partial = target.with_suffix(f".{os.getpid()}-{threading.get_ident()}{suffix}")
         done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -47,6 +50,8 @@ FAULTS = [
     ),
     ("divergent_barrier", {}, "barrier", "block 0: .*32-63 have returned; .*0-31 wait for __sync"),
     ("absent_lane", {}, "barrier", "block 0: threads 7, 39 have returned; .* wait for __shfl_xor"),
+    ("short_warp", {"threads": 16}, "barrier", THREAD + "__shfl_xor_sync asks for lane"),
+    ("atomics_of_blocks", {"blocks": 2, "zero": True}, "race", THREAD + "a .*of block"),
     ("foreign_mask", {}, "barrier", THREAD + "its lane is not in the mask"),
     (
         "different_exchanges",
@@ -94,6 +99,23 @@ def test_a_fault_is_reported(kernel: str, launch: dict[str, int], kind: str, wor
 def test_a_launch_that_a_device_refuses(launch: dict[str, int]) -> None:
     with pytest.raises(RuntimeError, match="launch refused"):
         run("faults", "race_of_blocks", torch.zeros(64), 64, **launch)
+
+
+def test_the_address_sanitizer_is_there_and_names_the_place() -> None:
+    library = executor.build("address", executor.HERE / "toys")
+    code = (
+        f"import torch; torch.ops.load_library({str(library)!r}); "
+        "torch.ops.segkernels_toys.faults('beyond_tensor', torch.ones(64), 64, 1, 64, 0, 1, 0, 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=executor.environment("address"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "heap-buffer-overflow" in done.stderr
+    assert "simt: out of bounds: beyond_tensor_kernel, block 0, thread 63" in done.stderr
 
 
 def test_after_a_fault_the_next_launch_runs() -> None:

@@ -219,6 +219,8 @@ def caught(mutant: Mutant, folder: Path) -> tuple[int, str]:
     library = executor.build(mutant.flavour, csrc)
     process = PROCESSES.Process(target=hold, args=(mutant.op, library, folder / "said"))
     process.start()
+    process.join(300)
+    process.kill()  # one that hangs
     process.join()
     return int(process.exitcode or 0), (folder / "said").read_text()
 

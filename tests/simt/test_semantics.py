@@ -120,8 +120,8 @@ def test_products_of_tensor_cores(kernel: str, dtype: torch.dtype | None, k: int
 def rounded_to_tf32(x: Tensor) -> Tensor:
     """Ten bits of mantissa, to nearest, ties away from zero; infinities and NaN as they are."""
     bits = x.view(torch.int32)
-    rounded = torch.where(x.isfinite(), bits + 0x1000, bits) & ~0x1FFF
-    return rounded.view(torch.float32)
+    rounded = (torch.where(x.isfinite(), bits + 0x1000, bits) & ~0x1FFF).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded)
 
 
 def test_roundings() -> None:

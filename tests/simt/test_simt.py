@@ -5,6 +5,7 @@ the executor's checks: one process per check and operator, as many at a time as 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def contract(check: str, op: str) -> subprocess.CompletedProcess[str]:
         env=executor.environment(check),
         capture_output=True,
         text=True,
+        timeout=900,
     )
 
 
@@ -55,3 +57,4 @@ def runs() -> Iterator[Runs]:
 def test_the_contract(check: str, op: str, runs: Runs) -> None:
     done = runs[check, op].result()
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    assert re.search(r"\d+ passed", done.stdout), done.stdout[-8000:]

@@ -58,7 +58,7 @@ struct Fibre {
   std::deque<std::vector<Copy>> copies;  // by group; the last one is open
   unsigned now = 1;
   Past past, released, acquirable;  // ordered before what it does; at its last fence; by atomics since then
-  Times arrived_with;
+  unsigned unchanged = 0;           // atomics in a row that changed nothing: it may spin
 };
 
 struct Worker;
@@ -135,7 +135,7 @@ void access(const void* p, size_t bytes, Access);
 void copy_in_flight(const Copy&);
 void arrive(Barrier&, Fibre&);
 void complete(Barrier&);
-void leave(const Barrier&, Fibre&);
+void leave(const Barrier&, Fibre&, bool at_once);  // since it arrived
 void fence(Fibre&);
 void synchronise(const void* p, Fibre&);
 #else
@@ -144,7 +144,7 @@ inline void access(const void*, size_t, Access) {}
 inline void copy_in_flight(const Copy&) {}
 inline void arrive(Barrier&, Fibre&) {}
 inline void complete(Barrier&) {}
-inline void leave(const Barrier&, Fibre&) {}
+inline void leave(const Barrier&, Fibre&, bool) {}
 inline void fence(Fibre&) {}
 inline void synchronise(const void*, Fibre&) {}
 #endif

@@ -45,7 +45,7 @@ int launch(const Launch& launch) {
   const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
   const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
   if (blocks == 0 || threads == 0 || threads > 1024) return kInvalidConfiguration;
-  if (launch.cluster == 0 || launch.cluster > 16 || blocks % launch.cluster) return kInvalidConfiguration;
+  if (launch.cluster == 0 || launch.cluster > 8 || blocks % launch.cluster) return kInvalidConfiguration;
   if (launch.shared_bytes > allowed_shared(launch.kernel)) return kInvalidValue;
   if (!planning) return run(launch);
   plan += symbol_of(launch.kernel);

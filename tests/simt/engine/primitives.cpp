@@ -18,16 +18,18 @@ bool arrive(Barrier& barrier, unsigned expected, int vote = 0) {
 
 void arrive_and_wait(const char* what, Barrier& barrier, unsigned expected, int vote = 0) {
   if (!arrive(barrier, expected, vote)) wait(what, barrier.generation);
-  watch::leave(barrier, *running);
+  watch::leave(barrier, *running, true);
 }
 
+// The lanes of a mask that exist: a block's last warp may be short.
 unsigned lanes_of(unsigned mask) {
   const unsigned mine = running->thread % LANES, first = running->thread - mine;
   if (!(mask >> mine & 1)) fault("barrier", "its lane is not in the mask that it gives");
-  // a warp's last lanes may not exist
   const unsigned there = team->threads - first < LANES ? (1u << (team->threads - first)) - 1 : ~0u;
-  return unsigned(__builtin_popcount(mask & there));
+  return mask & there;
 }
+
+unsigned count(unsigned lanes) { return unsigned(__builtin_popcount(lanes)); }
 
 }  // namespace
 
@@ -57,7 +59,7 @@ void cluster_wait() {
   const AtWork now;
   const Barrier& cluster = team->cluster_of(*running->block);
   if (cluster.generation == running->cluster_seen) wait("the cluster", cluster.generation);
-  watch::leave(cluster, *running);
+  watch::leave(cluster, *running, false);
 }
 unsigned cluster_rank() {
   const AtWork now;
@@ -77,7 +79,7 @@ void* shared_of(void* p, unsigned rank) {
   return team->blocks[first + rank].shared + place;
 }
 
-void exchange(const char* what, unsigned mask, const void* mine, size_t bytes, void* all) {
+unsigned exchange(const char* what, unsigned mask, const void* mine, size_t bytes, void* all) {
   const AtWork now;
   const unsigned lanes = lanes_of(mask);
   Exchange& exchange = running->block->exchanges[running->thread / LANES][mask];
@@ -88,19 +90,25 @@ void exchange(const char* what, unsigned mask, const void* mine, size_t bytes, v
   std::vector<char>& slots = exchange.slots[barrier.generation & 1];
   slots.resize(LANES * bytes);
   std::memcpy(&slots[running->thread % LANES * bytes], mine, bytes);
-  if (++barrier.arrived < lanes) {
+  if (++barrier.arrived < count(lanes)) {
     wait(what, barrier.generation);
   } else {
     barrier.arrived = 0;
     ++barrier.generation;
   }
   std::memcpy(all, slots.data(), LANES * bytes);
+  return lanes;
+}
+
+void absent_lane(const char* what, int lane) {
+  const AtWork now;
+  fault("barrier", std::string(what) + " asks for lane " + std::to_string(lane) + ", which takes no part");
 }
 
 void warp_barrier(unsigned mask) {
   const AtWork now;
   const unsigned lanes = lanes_of(mask);
-  arrive_and_wait("__syncwarp", running->block->warp_barriers[running->thread / LANES][mask], lanes);
+  arrive_and_wait("__syncwarp", running->block->warp_barriers[running->thread / LANES][mask], count(lanes));
 }
 
 unsigned active_lanes() {
@@ -114,9 +122,11 @@ unsigned active_lanes() {
 
 void copy_begin(void* target, const void* source, size_t bytes, size_t filled) {
   const AtWork now;
+  if (bytes > filled) fault("out of bounds", "a copy of more bytes than its size");
   if (uintptr_t(target) % filled || (bytes && uintptr_t(source) % filled))
     fault("misaligned", "a copy of " + std::to_string(filled) + " bytes");
   const Copy copy = {static_cast<char*>(target), static_cast<const char*>(source), bytes, filled};
+  watch::access(source, bytes, watch::read);
   watch::copy_in_flight(copy);
   if (running->copies.empty()) running->copies.emplace_back();
   running->copies.back().push_back(copy);
@@ -141,7 +151,6 @@ void copy_wait(size_t groups_left) {
 void atomic(void* p, size_t bytes, bool reads, void (*change)(void* value, const void* argument),
             const void* argument, void* old) {
   const AtWork now;
-  static unsigned unchanged = 0;  // in a row: threads may wait for each other by looking at memory
   if (uintptr_t(p) % bytes) fault("misaligned", "an atomic of " + std::to_string(bytes) + " bytes");
   watch::access(p, bytes, reads ? watch::update : watch::exchange);
   watch::synchronise(p, *running);
@@ -149,12 +158,10 @@ void atomic(void* p, size_t bytes, bool reads, void (*change)(void* value, const
   std::memcpy(old, p, bytes);
   std::memcpy(value, p, bytes);
   change(value, argument);
+  unsigned& unchanged = running->unchanged;
   unchanged = std::memcmp(value, p, bytes) ? 0 : unchanged + 1;
   std::memcpy(p, value, bytes);
-  if (unchanged > 1000000) {
-    unchanged = 0;
-    fault("barrier", "spins on an atomic that nobody changes");
-  }
+  if (unchanged > 100000) fault("barrier", "spins on an atomic that nobody changes");
   yield();
 }
 

@@ -13,7 +13,9 @@
 //   ends the launch like an error on a device: the operator raises RuntimeError with kernel, block and
 //   thread.
 //
-// What differs from a device: a warp advances lane by lane, so code that relies on lockstep without
+// What differs from a device: barriers and full masks want all threads of the block or warp, also where some
+// have returned; memcpy in a kernel is not watched, nor a spin on a volatile; a warp advances lane by lane,
+// so code that relies on lockstep without
 // __syncwarp() goes wrong here in some order of the threads, as it may on a GPU; __activemask() names the
 // lanes that have not returned; clocks, textures, printf and dynamic parallelism are absent.
 #pragma once
@@ -56,7 +58,7 @@ namespace segkernels::cuda {
 extern thread_local __align__(16) double shared[];
 }
 
-// What the running thread asks of the engine (simt.cpp). Values go through untyped memory, so that nothing of
+// What the running thread asks of the engine (engine/). Values go through untyped memory, so that nothing of
 // the engine's own is touched by instrumented code.
 namespace simt {
 
@@ -73,8 +75,10 @@ unsigned cluster_rank();
 unsigned cluster_blocks();
 // The place in block `rank`'s shared memory of p in this block's.
 void* shared_of(void* p, unsigned rank);
-// Gives `mine` to the lanes of `mask` and takes what each gave: all[lane], `bytes` apart. It orders nothing.
-void exchange(const char* what, unsigned mask, const void* mine, size_t bytes, void* all);
+// Gives `mine` to the lanes of `mask` and takes what each gave: all[lane], `bytes` apart; which lanes there
+// are. It orders nothing.
+unsigned exchange(const char* what, unsigned mask, const void* mine, size_t bytes, void* all);
+[[noreturn]] void absent_lane(const char* what, int lane);
 // Waits for the lanes of `mask` and orders their accesses to memory.
 void warp_barrier(unsigned mask);
 unsigned active_lanes();
@@ -103,7 +107,8 @@ size_t& allowed_shared(const void* kernel);
 template <class X>
 X lane_value(const char* what, unsigned mask, X value, int lane) {
   X all[LANES];
-  exchange(what, mask, &value, sizeof(X), all);
+  const unsigned there = exchange(what, mask, &value, sizeof(X), all);
+  if (!(there >> lane & 1)) absent_lane(what, lane);
   return all[lane];
 }
 inline int lane() { return int(threadIdx.x % LANES); }
@@ -139,7 +144,7 @@ inline unsigned __activemask() { return simt::active_lanes(); }
 template <class X>
 inline X __shfl_sync(unsigned mask, X value, int source, int width = simt::LANES) {
   const int first = simt::lane() / width * width;
-  return simt::lane_value("__shfl_sync", mask, value, first + source % width);
+  return simt::lane_value("__shfl_sync", mask, value, first + (source & (width - 1)));
 }
 template <class X>
 inline X __shfl_xor_sync(unsigned mask, X value, int step, int width = simt::LANES) {
@@ -158,14 +163,14 @@ inline X __shfl_up_sync(unsigned mask, X value, unsigned step, int width = simt:
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   int all[simt::LANES];
-  simt::exchange("__ballot_sync", mask, &predicate, sizeof predicate, all);
+  const unsigned there = simt::exchange("__ballot_sync", mask, &predicate, sizeof predicate, all);
   unsigned votes = 0;
   for (int i = 0; i < simt::LANES; ++i)
-    if (mask >> i & 1 && all[i]) votes |= 1u << i;
+    if (there >> i & 1 && all[i]) votes |= 1u << i;
   return votes;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 

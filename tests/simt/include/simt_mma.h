@@ -25,6 +25,7 @@ inline void mma_m16n8k16(float (&c)[4], const Vector<T, 2> (&a)[4], const Vector
 }
 
 inline float to_tf32(float a) {
+  if (a != a) return NAN;
   uint32_t bits;
   std::memcpy(&bits, &a, sizeof bits);
   if ((bits >> 23 & 0xff) != 0xff) bits += 0x1000;  // half of what goes, away from zero

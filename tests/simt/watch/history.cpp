@@ -55,6 +55,8 @@ void begin(Team& team) {
   for (Block& block : team.blocks)
     for (Fibre& fibre : block.fibres) fibre.past.team = nothing;
   if (team.serial() == team.first_of_launch) published.clear();
+  for (auto place = published.begin(); place != published.end();)  // shared memory has another life now
+    place = block_of(uintptr_t(place->first)) ? published.erase(place) : std::next(place);
 }
 
 void arrive(Barrier& barrier, Fibre& fibre) {
@@ -65,13 +67,13 @@ void arrive(Barrier& barrier, Fibre& fibre) {
     for (size_t i = 0; i < gathered->size(); ++i)
       (*gathered)[i] = std::max((*gathered)[i], (*fibre.past.team)[i]);
   }
-  barrier.latest.team = fibre.arrived_with = fibre.past.team;
+  barrier.latest.team = fibre.past.team;
   learn(barrier.latest, {nullptr, fibre.past.others});
   (*gathered)[member(fibre)] = fibre.now++;
 }
 void complete(Barrier& barrier) { barrier.told = {std::move(barrier.gathered), barrier.latest.others}; }
-void leave(const Barrier& barrier, Fibre& fibre) {
-  if (fibre.past.team == fibre.arrived_with)  // which the barrier's includes
+void leave(const Barrier& barrier, Fibre& fibre, bool at_once) {
+  if (at_once)  // then what the thread knows is part of what the barrier tells, and all can share that
     fibre.past = barrier.told;
   else
     learn(fibre.past, barrier.told);

@@ -14,6 +14,15 @@
 #include "watch.h"
 
 namespace simt::watch {
+
+const Block* block_of(uintptr_t at) {
+  for (const Block& block : team->blocks) {
+    const ptrdiff_t offset = reinterpret_cast<char*>(at) - block.shared;
+    if (offset >= library().shared_first && offset < library().shared_last) return &block;
+  }
+  return nullptr;
+}
+
 namespace {
 
 // A load, a store or an atomic of the running thread.
@@ -84,14 +93,6 @@ std::string hex(uintptr_t number) {
   return text;
 }
 
-// The block in whose shared memory an address lies, or null.
-const Block* block_of(uintptr_t at) {
-  for (const Block& block : team->blocks) {
-    const ptrdiff_t offset = reinterpret_cast<char*>(at) - block.shared;
-    if (offset >= library().shared_first && offset < library().shared_last) return &block;
-  }
-  return nullptr;
-}
 bool is_dynamic(ptrdiff_t offset) { return offset >= 0 && offset < ptrdiff_t(SHARED_BYTES); }
 
 // The static arrays of shared memory that the running kernel has: its own, and those of device functions.
@@ -116,6 +117,18 @@ const Static* static_at(ptrdiff_t offset, size_t bytes) {
   return nullptr;
 }
 
+// The array's own name: the symbol ends with its length and itself.
+std::string array_name(const Static& array) {
+  const std::string& symbol = array.symbol;
+  for (size_t length = 1; length < symbol.size(); ++length) {
+    const std::string digits = std::to_string(length);
+    const size_t first = symbol.size() - length;
+    if (first >= digits.size() && symbol.compare(first - digits.size(), digits.size(), digits) == 0)
+      return symbol.substr(first);
+  }
+  return symbol;
+}
+
 // " at shared+0x40", ", 4 bytes after a tensor's last element".
 std::string describe(uintptr_t at) {
   for (const Fibre& fibre : running->block->fibres)
@@ -127,8 +140,7 @@ std::string describe(uintptr_t at) {
     if (is_dynamic(offset)) return " at shared+" + hex(uintptr_t(offset)) + whose;
     const Static* array = static_at(offset, 1);
     if (!array) return " at static shared memory" + whose + ", in none of the kernel's arrays";
-    const size_t name = array->symbol.find_first_not_of("0123456789", array->symbol.rfind('E') + 1);
-    return " at " + array->symbol.substr(name) + "+" + hex(uintptr_t(offset - array->first)) + whose;
+    return " at " + array_name(*array) + "+" + hex(uintptr_t(offset - array->first)) + whose;
   }
   const auto distance = [&](const Region& r) {
     return at < r.first ? r.first - at : at < r.last ? 0 : at - r.last;
@@ -196,7 +208,9 @@ Grain used(Grain grain, const Use& use, const Mark& mine, bool shared) {
   if (use.reads() && is_unwritten(grain)) report("unwritten", use);
   must_be_ordered(grain.write, true, use);
   if (!use.writes()) {
-    grain.reads[ordered(grain.reads[0]) ? 0 : 1] = mine;
+    static unsigned chance = 0;  // which of three unordered reads is forgotten
+    const bool second = !ordered(grain.reads[0]) && (ordered(grain.reads[1]) || ++chance % 2);
+    grain.reads[second] = mine;
     return grain;
   }
   for (const Mark& earlier : grain.reads) must_be_ordered(earlier, false, use);
@@ -209,6 +223,7 @@ void access(const void* p, size_t bytes, Access how) {
   const Use use = {uintptr_t(p), bytes, how};
   if (use.at - uintptr_t(running->stack) < STACK_BYTES || bytes == 0) return;
   if (!use.writes() && constant(use.at)) return;
+  if (bytes < GRAIN) fault("unsupported", "an access to a type smaller than the watch's records");
   const bool shared = in_shared(use);
   if (!shared && !in_tensor(use, use.writes()))
     report(in_tensor(use, false) ? "read only" : "out of bounds", use);

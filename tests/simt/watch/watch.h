@@ -13,6 +13,9 @@ inline unsigned known(const Past& past, unsigned team_serial, unsigned member) {
   return found == past.others->end() ? 0 : (*found->second)[member];
 }
 
+// The block of the team in whose shared memory an address lies, or null.
+const Block* block_of(uintptr_t at);
+
 // What the host's code tells: an operator begins or ends; a kernel may use this memory; it is written, or
 // not.
 void forget();

@@ -64,6 +64,20 @@ __global__ void absent_lane_kernel(const float* x, float* y, int) {
   if (threadIdx.x % WARP == 7) return;
   y[threadIdx.x] = __shfl_xor_sync(ALL_LANES, x[threadIdx.x], 1);
 }
+__global__ void short_warp_kernel(const float* x, float* y, int) {
+  y[threadIdx.x] = __shfl_xor_sync(ALL_LANES, x[threadIdx.x], 16);
+}
+// Atomics on shared memory order no blocks, whichever of them came first.
+__global__ void atomics_of_blocks_kernel(const float* x, float* y, int) {
+  __shared__ unsigned COUNT;
+  if (threadIdx.x != 0) return;
+  atomicExch(&COUNT, 0u);
+  if (blockIdx.x == 0) y[0] = x[0];
+  __threadfence();
+  atomicAdd(&COUNT, 1u);
+  __threadfence();
+  if (blockIdx.x == 1) y[1] = y[0];
+}
 __global__ void foreign_mask_kernel(const float* x, float* y, int) {
   y[threadIdx.x] = __shfl_xor_sync(0xffffu, x[threadIdx.x], 1);
 }
@@ -171,6 +185,8 @@ const Kernels faults_kernels = {
     {"early_return", early_return_kernel},
     {"divergent_barrier", divergent_barrier_kernel},
     {"absent_lane", absent_lane_kernel},
+    {"short_warp", short_warp_kernel},
+    {"atomics_of_blocks", atomics_of_blocks_kernel},
     {"foreign_mask", foreign_mask_kernel},
     {"different_exchanges", different_exchanges_kernel},
     {"too_few_for_a_named_barrier", too_few_for_a_named_barrier_kernel},
