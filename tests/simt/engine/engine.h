@@ -13,8 +13,7 @@
 namespace simt {
 
 // What happened before, kept by the watch alone. A thread's time ticks whenever it releases what it did (it
-// arrives at a barrier, it fences); times[i] is the time up to which all that thread i of a team did is
-// known.
+// arrives at a barrier, it fences); times[i] is the time up to which what thread i of a team did is known.
 using Times = std::shared_ptr<const std::vector<unsigned>>;
 struct Past {
   Times team;

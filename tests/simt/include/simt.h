@@ -1,23 +1,22 @@
 // A host executor for CUDA kernels: g++ compiles csrc/<op>/cuda.cu and kernels.cuh unchanged against the
 // headers of this folder, and a launch runs the grid here. It is meant to find wrong results, not to be fast.
 //
-// - Threads are fibres of one OS thread (x86-64). A fibre runs until it waits: at a barrier, at an exchange
-// of
-//   its warp, at an atomic. Blocks that must be resident together (a cluster, a cooperative grid) are a team;
+// - Threads are fibres of one OS thread (x86-64). A fibre runs until it waits: at a barrier, an exchange of
+//   its warp, an atomic. Blocks that must be resident together (a cluster, a cooperative grid) are a team;
 //   each block of a team has an OS thread, of which one runs at a time. The orders of blocks and of threads
 //   are shuffled anew at every launch (SEGKERNELS_SIMT_SEED starts the sequence).
 // - __shared__ is thread_local: one OS thread runs a block, so its fibres share it. Dynamic shared memory is
 //   `extern __shared__ __align__(16) double shared[]` (that name and type). All of it is filled with 0xff
 //   (NaN in every floating type) before each block.
 // - A fault (a barrier that not all threads reach, an exchange with absent lanes, and what watch.cpp finds)
-//   ends the launch like an error on a device: the operator raises RuntimeError with kernel, block and
-//   thread.
+//   ends the launch like an error on a device: the operator raises RuntimeError with kernel, block, thread.
 //
-// What differs from a device: barriers and full masks want all threads of the block or warp, also where some
-// have returned; memcpy in a kernel is not watched, nor a spin on a volatile; a warp advances lane by lane,
-// so code that relies on lockstep without
-// __syncwarp() goes wrong here in some order of the threads, as it may on a GPU; __activemask() names the
-// lanes that have not returned; clocks, textures, printf and dynamic parallelism are absent.
+// What differs from a device:
+// - Barriers and full masks want all threads of the block or warp, also where some have returned.
+// - A warp advances lane by lane: code that relies on lockstep without __syncwarp() goes wrong here in some
+//   order of the threads, as it may on a GPU. __activemask() names the lanes that have not returned.
+// - memcpy in a kernel is not watched; a loop that waits for a volatile is a hang (atomics let others run).
+// - Clocks, textures, printf and dynamic parallelism are absent.
 #pragma once
 
 #include <math.h>

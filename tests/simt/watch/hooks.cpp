@@ -49,6 +49,7 @@ void __tsan_vptr_read(void**) {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}
+
 // Atomics of the host's code: reference counts, the guards of static variables.
 #define ATOMICS(bits, T)                                                                                  \
   T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
@@ -66,20 +67,21 @@ void __tsan_init() {}
   }
 ATOMICS(8, uint8_t)
 ATOMICS(16, uint16_t)
-ATOMICS(32, uint32_t) ATOMICS(64, uint64_t)
+ATOMICS(32, uint32_t)
+ATOMICS(64, uint64_t)
 #undef ATOMICS
 
 // What the undefined behaviour sanitizer's instrumentation calls.
 #define UNDEFINED(check, kind, words) \
   void __ubsan_handle_##check##_abort() { undefined(kind, words); }
-    UNDEFINED(type_mismatch_v1, "misaligned", "an access through a pointer that is not aligned to its type")
-        UNDEFINED(out_of_bounds, "out of bounds", "an index outside its array")
-            UNDEFINED(shift_out_of_bounds, "undefined", "a shift by more bits than there are")
-                UNDEFINED(add_overflow, "undefined", "an overflow of +")
-                    UNDEFINED(sub_overflow, "undefined", "an overflow of -")
-                        UNDEFINED(mul_overflow, "undefined", "an overflow of *")
-                            UNDEFINED(negate_overflow, "undefined", "an overflow of a change of sign")
-                                UNDEFINED(divrem_overflow, "undefined", "a division by zero or its overflow")
+UNDEFINED(type_mismatch_v1, "misaligned", "an access through a pointer that is not aligned to its type")
+UNDEFINED(out_of_bounds, "out of bounds", "an index outside its array")
+UNDEFINED(shift_out_of_bounds, "undefined", "a shift by more bits than there are")
+UNDEFINED(add_overflow, "undefined", "an overflow of +")
+UNDEFINED(sub_overflow, "undefined", "an overflow of -")
+UNDEFINED(mul_overflow, "undefined", "an overflow of *")
+UNDEFINED(negate_overflow, "undefined", "an overflow of a change of sign")
+UNDEFINED(divrem_overflow, "undefined", "a division by zero or its overflow")
 #undef UNDEFINED
 
 }  // extern "C"
