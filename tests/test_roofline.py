@@ -13,8 +13,6 @@ from benchmarks.machine_code import Figures
 from benchmarks.work import cases, operators
 from tests.simt import executor
 
-needs_executor = pytest.mark.skipif(bool(executor.why_not()), reason=str(executor.why_not()))
-
 
 @pytest.mark.parametrize(
     ("registers", "threads", "shared", "blocks"),
@@ -53,7 +51,7 @@ def test_the_roofline(figures, cost, unit, bound, seconds) -> None:
     assert json.loads(json.dumps(made.json()))["bound"] == bound
 
 
-@needs_executor
+@executor.needs_executor
 def test_every_case_is_predicted() -> None:
     """Every kernel that the launch code names is in the budget, and a block of it fits an SM."""
     selection = [

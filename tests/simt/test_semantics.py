@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks import machine_code
 from segkernels.build_plan import Tree
-from segkernels.toolchain import BuildError
 from tests.simt import executor
 from tests.simt.toys import run
+from tests.test_codegen import needs_nvcc
 
 pytestmark = executor.needs_executor
 
@@ -145,6 +145,7 @@ def test_the_order_of_threads_changes_from_launch_to_launch() -> None:
 
 
 @pytest.mark.build
+@needs_nvcc
 def test_the_toys_are_cuda(tmp_path: Path) -> None:
     """nvcc takes the same sources, with the hardware's definitions of csrc/common."""
     csrc = tmp_path / "csrc"
@@ -153,11 +154,6 @@ def test_the_toys_are_cuda(tmp_path: Path) -> None:
     for source in csrc.glob("*/cuda.cu"):
         source.with_name("cpu.cpp").touch()  # an operator has both
     tree = Tree(Tree.here().package, csrc)
-    try:
-        machine_code.plan_for("9.0a", tree)
-        machine_code.tool("nvdisasm")
-    except BuildError as error:
-        pytest.skip(str(error))
     kernels = machine_code.cuda_kernels("9.0a", tree)
     products = {name: figures.matrix for name, figures in kernels.items() if "product" in name}
     assert products == {

@@ -10,13 +10,17 @@ namespace {
 // What was told at a place in memory, through atomics.
 std::unordered_map<const void*, Past> published;
 
+void raise(std::vector<unsigned>& times, const std::vector<unsigned>& others) {
+  for (size_t i = 0; i < times.size(); ++i) times[i] = std::max(times[i], others[i]);
+}
+
 void learn(Past& past, const Past& more) {
   if (more.team && past.team != more.team) {
     if (!past.team) {
       past.team = more.team;
     } else {
       auto joined = std::make_shared<std::vector<unsigned>>(*past.team);
-      for (size_t i = 0; i < joined->size(); ++i) (*joined)[i] = std::max((*joined)[i], (*more.team)[i]);
+      raise(*joined, *more.team);
       past.team = joined;
     }
   }
@@ -61,12 +65,10 @@ void begin(Team& team) {
 
 void arrive(Barrier& barrier, Fibre& fibre) {
   auto& gathered = barrier.gathered;
-  if (!gathered) {
+  if (!gathered)
     gathered = std::make_shared<std::vector<unsigned>>(*fibre.past.team);
-  } else if (fibre.past.team != barrier.latest.team) {
-    for (size_t i = 0; i < gathered->size(); ++i)
-      (*gathered)[i] = std::max((*gathered)[i], (*fibre.past.team)[i]);
-  }
+  else if (fibre.past.team != barrier.latest.team)
+    raise(*gathered, *fibre.past.team);
   barrier.latest.team = fibre.past.team;
   learn(barrier.latest, {nullptr, fibre.past.others});
   (*gathered)[member(fibre)] = fibre.now++;
