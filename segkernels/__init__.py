@@ -13,7 +13,14 @@ from segkernels.fused import (
     UnsupportedInputError,
     explain,
 )
-from segkernels.ops import Moments, depthwise_conv2d, separable_conv2d
+from segkernels.ops import (
+    Moments,
+    depthwise_conv2d,
+    encode,
+    reproject,
+    separable_conv2d,
+    soft_assign,
+)
 from segkernels.patch import patch, unpatch
 
 if TYPE_CHECKING:
@@ -26,11 +33,14 @@ __all__ = [
     "SegkernelsPerformanceWarning",
     "UnsupportedInputError",
     "depthwise_conv2d",
+    "encode",
     "explain",
     "networks",
     "nn",
     "patch",
+    "reproject",
     "separable_conv2d",
+    "soft_assign",
     "unpatch",
 ]
 

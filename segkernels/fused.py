@@ -27,6 +27,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -95,6 +96,10 @@ def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
 def _has_tangent(value: Any) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
@@ -109,6 +114,7 @@ class Operator:
         backward: str,
         shapes: Callable[..., Tensor | tuple[Tensor, ...]],
         wide: Iterable[str] = (),
+        added: Iterable[str] = (),
         unsaved: Callable[..., Iterable[str]] = lambda: (),
         limits: Callable[..., str | None] = lambda: None,
         sizes: dict[str, Callable[..., Sequence[int]]] | None = None,
@@ -131,6 +137,7 @@ class Operator:
         self._gradients = [r.name for r in schema.returns]
         self._unsaved = _of_named(self.arguments, unsaved)
         self._limits = _of_named(self.arguments, limits)
+        self._added = [self.arguments.index(name) for name in added]
         self._sizes = {g: _of_named(self._backward_arguments, f) for g, f in (sizes or {}).items()}
         self._read_names()
 
@@ -175,7 +182,7 @@ class Operator:
     def _gradient_shapes(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         """A gradient has its input's shape, type and memory format; [0] when not needed."""
         named = dict(zip(self._backward_arguments, args, strict=True))
-        x = named["x"]
+        x = named[self.arguments[0]]
 
         def empty(name: str, need: int) -> Tensor:
             like = named.get(name[1:])
@@ -202,7 +209,8 @@ class Operator:
             raise _Explained(self.reasons(*args))
         chosen = _choose(self._kind(args), backend)
         if chosen == "reference":
-            return self._reference(*args)
+            with _without_autocast(args[0].device.type):  # the arguments are cast already
+                return self._reference(*args)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             raise RuntimeError(f"{self.name}: no forward-mode derivative (jvp){_WAY_OUT}")
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -275,6 +283,8 @@ class _Fused(torch.autograd.Function):
         made = op.raw(ctx.backend, backward=True)(*args)
         made = made if len(op._gradients) > 1 else (made,)
         gradients = [None] * len(needs)
+        for i in op._added:
+            gradients[i] = cotangents[0] if needs[i] else None
         for i, gradient in zip(op._differentiated, made, strict=True):
             if needs[i]:
                 gradients[i] = gradient
@@ -338,9 +348,10 @@ def declare(package: str, **declaration: Any) -> Operator:
     :class:`Operator`.
 
     forward, backward: schemas without the name. shapes: the shape function (fake kernel) of the
-    forward. wide: arguments in the accumulation type. unsaved: names the backward can do without.
-    sizes: sizes of the gradients of inputs that the backward does not see. limits: reason why the
-    fused kernels cannot, or None. The last three are functions of raw arguments, read by name.
+    forward. wide: arguments in the accumulation type. added: arguments added to the first output,
+    whose gradient is its cotangent. unsaved: names the backward can do without. sizes: sizes of the
+    gradients of inputs that the backward does not see. limits: reason why the fused kernels cannot,
+    or None. The last three are functions of raw arguments, read by name.
     """
     op = Operator(package, **declaration)
     OPERATORS[op.name] = op
