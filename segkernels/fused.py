@@ -282,7 +282,7 @@ class _Fused(torch.autograd.Function):
         args[op._need] = [int(needs[i]) for i in op._differentiated]
         made = op.raw(ctx.backend, backward=True)(*args)
         made = made if len(op._gradients) > 1 else (made,)
-        gradients = [None] * len(needs)
+        gradients: list[Tensor | None] = [None] * len(needs)
         for i in op._added:
             gradients[i] = cotangents[0] if needs[i] else None
         for i, gradient in zip(op._differentiated, made, strict=True):
