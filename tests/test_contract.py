@@ -323,7 +323,7 @@ def test_memory_format_is_kept(op: str, layout: str, backend: str, device: str) 
     got = with_gradients(op, inputs, backend, cotangents_like(op, inputs))
     x = map_of(inputs)
     maps = {n: t for n, t in got.items() if t.shape[2:] == inputs[x].shape[2:] or n == f"d{x}"}
-    assert len(maps) >= 2
+    assert f"d{x}" in maps
     for name, t in maps.items():
         assert t.is_contiguous(memory_format=LAYOUTS[layout]), name
 
@@ -416,7 +416,7 @@ def test_compiles_whole(op: str, dynamic: bool, backend: str, device: str) -> No
     def upper(t: Any, rows: int) -> Any:
         if not isinstance(t, Tensor) or t.shape[2:] != size:
             return t
-        return t[:, :, :rows].contiguous(memory_format=torch.channels_last)
+        return t[:, :, :rows].clone(memory_format=torch.channels_last)
 
     torch._dynamo.reset()
     compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend=counter)

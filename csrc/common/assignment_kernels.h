@@ -278,6 +278,21 @@ struct Blocks {
   }
 };
 
+// row[step] = Σ over `parts` parts, from image·parts on, of row k of sums [part][size]; returns that of totals
+// [part][K].
+template <class A>
+A sum_parts(const A* totals, const A* sums, int64_t parts, int64_t K, int64_t size, int64_t image, int64_t k,
+            int64_t step, A* row) {
+  A total = 0;
+  std::fill_n(row, step, A(0));
+  for (int64_t part = image * parts; part < (image + 1) * parts; ++part) {
+    total += totals[part * K + k];
+    const A* from = sums + part * size + k * step;
+    for (int64_t c = 0; c < step; ++c) row[c] += from[c];
+  }
+  return total;
+}
+
 template <class T>
 void assign(const Assignment<T>& call, int64_t first, int64_t last) {
   Blocks<T> blocks(call);

@@ -148,8 +148,8 @@ void gather(int64_t pixels, int64_t channels, int64_t nodes, Rows<const A> q, Ro
 
 // -- spread -----------------------------------------------------------------------------------------
 
-// What a pixel gets from the nodes: Σ_k q·h, with kGradient also Σ_k dl·p + 2x·Σ_k dl·r, or, where the square
-// has one number per node (r null), + u·x.
+// What a pixel gets from the nodes: Σ_k q·h (+ x), or, as the gradient of an assignment, Σ_k q·h + dl·p, and for its
+// square 2x·Σ_k dl·r, or u·x where r has one number per node.
 template <class A>
 struct Mixture {
   Rows<const A> q, h, dl, p, r;
@@ -157,7 +157,10 @@ struct Mixture {
   const A* u;
 };
 
-enum class Spread { nodes, gradient, gradient_of_norms };
+enum class Spread { nodes, nodes_and_residual, gradient, gradient_of_norms };
+
+template <Spread kKind>
+constexpr bool is_gradient = kKind == Spread::gradient || kKind == Spread::gradient_of_norms;
 
 template <Spread kKind, int64_t kT, int64_t kV, class A>
 SEGKERNELS_INLINE void spread_block(int64_t nodes, const Mixture<A>& m, int64_t t0, int64_t c, A* y,
@@ -170,18 +173,18 @@ SEGKERNELS_INLINE void spread_block(int64_t nodes, const Mixture<A>& m, int64_t 
     for (int64_t v = 0; v < kV; ++v) sum[t][v] = square[t][v] = splat(A(0));
   for (int64_t k = 0; k < nodes; ++k) {
     const A *q = m.q[k] + t0, *dl = nullptr;
-    if constexpr (kKind != Spread::nodes) dl = m.dl[k] + t0;
+    if constexpr (is_gradient<kKind>) dl = m.dl[k] + t0;
 #pragma GCC unroll 4
     for (int64_t v = 0; v < kV; ++v) {
       const int64_t at = c + v * lanes;
       const Vec<A> h = load(m.h[k] + at);
       Vec<A> p, r;
-      if constexpr (kKind != Spread::nodes) p = load(m.p[k] + at);
+      if constexpr (is_gradient<kKind>) p = load(m.p[k] + at);
       if constexpr (kKind == Spread::gradient) r = load(m.r[k] + at);
 #pragma GCC unroll 4
       for (int64_t t = 0; t < kT; ++t) {
         sum[t][v] = fma(splat(q[t]), h, sum[t][v]);
-        if constexpr (kKind != Spread::nodes) sum[t][v] = fma(splat(dl[t]), p, sum[t][v]);
+        if constexpr (is_gradient<kKind>) sum[t][v] = fma(splat(dl[t]), p, sum[t][v]);
         if constexpr (kKind == Spread::gradient) square[t][v] = fma(splat(dl[t]), r, square[t][v]);
       }
     }
@@ -192,6 +195,7 @@ SEGKERNELS_INLINE void spread_block(int64_t nodes, const Mixture<A>& m, int64_t 
     for (int64_t v = 0; v < kV; ++v) {
       const int64_t at = c + v * lanes;
       Vec<A> s = sum[t][v];
+      if constexpr (kKind == Spread::nodes_and_residual) s = s + load(m.x[t0 + t] + at);
       if constexpr (kKind == Spread::gradient)
         s = fma(load(m.x[t0 + t] + at) * splat(A(2)), square[t][v], s);
       if constexpr (kKind == Spread::gradient_of_norms) s = fma(load(m.x[t0 + t] + at), splat(m.u[t0 + t]), s);

@@ -43,7 +43,7 @@ struct NodeCotangents {
 template <class A>
 struct NodeGradients {
   Nodes<A> nodes;
-  int64_t B, K, rows, groups;
+  int64_t B, K, rows, parts;
   const A *a0, *a1, *a2, *h, *e, *m;
   A *dw, *ds;  // null: not needed
 };

@@ -129,9 +129,9 @@ std::tuple<Tensor, Tensor, Tensor> soft_assign_backward(Optional dz, Optional dq
                                         need[1] ? mutable_data<A>(dw) : nullptr,
                                         need[2] ? mutable_data<A>(ds) : nullptr};
     parallel_for(K, 2 * C * (part.parts() + map.B), [&](int64_t first, int64_t last) {
-      std::vector<A> rows(2 * C);
+      std::vector<A> rows(2 * form.nodes.step);
       SEGKERNELS_BY_ISA(for (int64_t k = first; k < last; ++k)
-                            simd::gradient_row(gradients, k, rows.data(), rows.data() + C))
+                            simd::gradient_row(gradients, k, rows.data(), rows.data() + form.nodes.step))
     });
   });
   return {dx, dw, ds};

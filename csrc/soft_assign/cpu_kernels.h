@@ -9,11 +9,6 @@ namespace SEGKERNELS_ISA {
 
 using namespace soft_assignment;
 
-template <class A>
-void add_row(int64_t C, const A* from, A* to) {
-  for (int64_t c = 0; c < C; ++c) to[c] += from[c];
-}
-
 // w̃, g = 1/s², p, r, b of node k; centre and shared = min_k g are known.
 template <class A>
 void quadratic_row(const Nodes<A>& n, int64_t k) {
@@ -33,12 +28,8 @@ template <class T>
 void node_row(const NodeSums<T>& n, int64_t image, int64_t k, acc_t<T>* row) {
   using A = acc_t<T>;
   const int64_t C = n.nodes.C, at = image * n.K + k;
-  A m = 0;
-  std::fill_n(row, n.nodes.step, A(0));
-  for (int64_t split = image * n.splits; split < (image + 1) * n.splits; ++split) {
-    m += n.masses[split * n.K + k];
-    add_row(C, n.sums + (split * n.rows + k) * n.nodes.step, row);
-  }
+  const int64_t step = n.nodes.step;
+  const A m = sum_parts(n.masses, n.sums, n.splits, n.K, n.rows * step, image, k, step, row);
   n.m[at] = m;
   const A *w = n.nodes.w + k * n.nodes.step, *s = n.nodes.scales + k * C;
   const A share = n.average ? 1 / (m + A(n.eps)) : A(1);
@@ -86,14 +77,8 @@ void cotangent_row(const NodeCotangents<T>& n, int64_t image, int64_t k, acc_t<T
 template <class A>
 void gradient_row(const NodeGradients<A>& n, int64_t k, A* a1, A* a2) {
   const int64_t C = n.nodes.C, step = n.nodes.step;
-  A a0 = 0;
-  std::fill_n(a1, C, A(0));
-  std::fill_n(a2, C, A(0));
-  for (int64_t group = 0; group < n.groups; ++group) {
-    a0 += n.a0[group * n.K + k];
-    add_row(C, n.a1 + (group * n.rows + k) * step, a1);
-    add_row(C, n.a2 + (group * n.rows + k) * step, a2);
-  }
+  const A a0 = sum_parts(n.a0, n.a1, n.parts, n.K, n.rows * step, 0, k, step, a1);
+  sum_parts(n.a0, n.a2, n.parts, n.K, n.rows * step, 0, k, step, a2);
   const A *w = n.nodes.w + k * step, *g = n.nodes.g + k * step, *s = n.nodes.scales + k * C;
   for (int64_t c = 0; c < C; ++c) {
     a2[c] = (a2[c] - 2 * w[c] * a1[c] + w[c] * w[c] * a0) * g[c];
