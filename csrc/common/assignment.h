@@ -1,8 +1,9 @@
 // Soft assignment of pixels to nodes by a quadratic score, and its sums, as the CPU kernels see one call.
 //
-// With x̃ = x − centre: score[k][i] = ⟨p_k, x̃_i⟩ + ⟨r_k, x̃_i²⟩ + b_k (r per channel, or one number per node times
-// ‖x̃_i‖²), q = softmax over k, E_k = Σ_i q_ik x̃_i, m_k = Σ_i q_ik. Work is cut into parts by the sizes alone; their
-// sums are added in order, so results depend neither on the number of threads nor (forward) on the batch.
+// With x̃ = x − centre: score[k][i] = ⟨p_k, x̃_i⟩ + ⟨r_k, x̃_i²⟩ + b_k (r per channel, or one number per node
+// times ‖x̃_i‖²), q = softmax over k, E_k = Σ_i q_ik x̃_i, m_k = Σ_i q_ik. Work is cut into parts by the sizes
+// alone; their sums are added in order, so results depend neither on the number of threads nor (forward) on
+// the batch.
 #pragma once
 
 #include <algorithm>
@@ -28,12 +29,13 @@ struct Assignment {
   using A = acc_t<T>;
   Quadratic<A> form;
   Pixels x, q, dq, dx;
-  int64_t K, rows, step, splits;  // splits: parts of an image, 0 in the backward, whose parts are of all images
+  int64_t K, rows, step,
+      splits;  // splits: parts of an image, 0 in the backward, whose parts are of all images
   const T* x_data;
-  A *q_data, *masses, *sums;       // forward
-  const A *dq_data, *h, *t;        // backward; dq_data may be null
-  T* dx_data;                      // null: not needed
-  A *a0, *a1, *a2;                 // a1 and a2 null: not needed; a2 is as r
+  A *q_data, *masses, *sums;  // forward
+  const A *dq_data, *h, *t;   // backward; dq_data may be null
+  T* dx_data;                 // null: not needed
+  A *a0, *a1, *a2;            // a1 and a2 null: not needed; a2 is as r
   int64_t parts;
 };
 
@@ -74,7 +76,8 @@ struct Assigning {
   int64_t cost() const { return call.x.N * call.x.C * call.K * 3 / call.splits; }
 };
 
-// A call of the backward with the memory of its sums and of what comes from the nodes, which is zero at first.
+// A call of the backward with the memory of its sums and of what comes from the nodes, which is zero at
+// first.
 template <class T>
 struct Differentiating {
   using A = acc_t<T>;
@@ -85,7 +88,8 @@ struct Differentiating {
   Differentiating(const Tensor& x, const Tensor& q, const std::optional<Tensor>& given_dq,
                   const Quadratic<A>& form, int64_t K, const Tensor& dx, bool want_nodes)
       : call(assignment_of<T>(x, q, form, K)), sums(q), dq(given_dq ? as_pixels(*given_dq) : q) {
-    call.parts = std::min(call.x.B * call.x.blocks(), std::clamp<int64_t>(call.x.B * call.x.N / (8 * K), 4, 16));
+    call.parts =
+        std::min(call.x.B * call.x.blocks(), std::clamp<int64_t>(call.x.B * call.x.N / (8 * K), 4, 16));
     h.resize(call.x.B * call.rows * call.step);
     t.resize(call.x.B * K);
     call.h = h.data();

@@ -10,8 +10,8 @@ namespace SEGKERNELS_ISA {
 
 // -- blocks of maps -----------------------------------------------------------------------------------
 
-// out[t][c] = map − centre (null: 0), zero beyond the channels, for `pixels` pixels; rows up to kPixels may be
-// written.
+// out[t][c] = map − centre (null: 0), zero beyond the channels, for `pixels` pixels; rows up to kPixels may
+// be written.
 template <class A, class T>
 void load_block(const T* map, const Pixels& at, int64_t pixels, const A* centre, Rows<A> out) {
   constexpr int64_t lanes = Vec<A>::lanes;
@@ -207,7 +207,8 @@ struct Blocks {
 
   int64_t load_x(int64_t image, int64_t first) {
     const int64_t pixels = std::min(kPixels, call.x.N - first);
-    load_block(call.x_data + image * call.x.sample + first * call.x.pixel, call.x, pixels, call.form.centre, w.x);
+    load_block(call.x_data + image * call.x.sample + first * call.x.pixel, call.x, pixels, call.form.centre,
+               w.x);
     if (call.form.norms) square_norms(pixels, w.width, w.read(w.x), w.norms);
     return pixels;
   }
@@ -221,7 +222,8 @@ struct Blocks {
     std::fill_n(mass, call.K, A(0));
     std::fill_n(sums.p, call.rows * call.step, A(0));
     const Quadratic<A>& f = call.form;
-    for (int64_t block = split * call.x.blocks() / splits; block < (split + 1) * call.x.blocks() / splits; ++block) {
+    for (int64_t block = split * call.x.blocks() / splits; block < (split + 1) * call.x.blocks() / splits;
+         ++block) {
       const int64_t first = block * kPixels, pixels = load_x(image, first);
       const Ahead ahead = ahead_of(call.x_data + image * call.x.sample, call.x, first + kPixels);
       if (f.norms)
@@ -271,7 +273,8 @@ struct Blocks {
 
   void add_sums(int64_t pixels, Rows<A> a1, A* a2) {
     const auto dl = w.read(w.g);
-    if (!call.form.norms) return gather<true>(pixels, w.width, call.K, dl, w.read(w.x), a1, Rows<A>{a2, call.step});
+    if (!call.form.norms)
+      return gather<true>(pixels, w.width, call.K, dl, w.read(w.x), a1, Rows<A>{a2, call.step});
     gather<false>(pixels, w.width, call.K, dl, w.read(w.x), a1, a1);
     for (int64_t k = 0; k < call.K; ++k) {
       A s = 0;
@@ -299,8 +302,8 @@ struct Blocks {
   }
 };
 
-// row[step] = Σ over `parts` parts, from image·parts on, of row k of sums [part][size]; returns that of totals
-// [part][K].
+// row[step] = Σ over `parts` parts, from image·parts on, of row k of sums [part][size]; returns that of
+// totals [part][K].
 template <class A>
 A sum_parts(const A* totals, const A* sums, int64_t parts, int64_t K, int64_t size, int64_t image, int64_t k,
             int64_t step, A* row) {

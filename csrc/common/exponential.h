@@ -1,5 +1,5 @@
-// e^a of vectors for a ≤ 0, as a softmax needs it: within two units in the last place, 0 where the result would
-// not be a normal number, NaN kept. Compiled once per instruction set (no include guard).
+// e^a of vectors for a ≤ 0, as a softmax needs it: within two units in the last place, 0 where the result
+// would not be a normal number, NaN kept. Compiled once per instruction set (no include guard).
 
 namespace segkernels {
 namespace {
@@ -18,7 +18,8 @@ template <>
 struct Exponent<double> {
   using Bits = int64_t;
   static constexpr double least = -708.3;
-  static constexpr double to_integer = 0x1.8p52, ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
+  static constexpr double to_integer = 0x1.8p52, ln2_high = 0x1.62e42fefa38p-1,
+                          ln2_low = 0x1.ef35793c7673p-45;
   static constexpr int mantissa = 52, terms = 13;
 };
 

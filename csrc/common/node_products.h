@@ -1,12 +1,12 @@
-// Products of a block of pixels with nodes, out of the L2 cache. Compiled once per instruction set (no include
-// guard). With pixels t, nodes k, channels c:
+// Products of a block of pixels with nodes, out of the L2 cache. Compiled once per instruction set (no
+// include guard). With pixels t, nodes k, channels c:
 //
 //   scores   s[k][t]  = Σ_c x[t][c]·(p[k][c] + x[t][c]·r[k][c])       gather   g[k][c] += Σ_t q[k][t]·x[t][c]
 //   spread   y[t][c] = Σ_k q[k][t]·h[k][c] + …
 //
 // Channels lie along vectors: rows of x, p, … are padded with zeros to whole vectors, so that every sum over
-// channels has as many partial sums as a vector has lanes. x has rows for kPixels pixels; node arrays have rows
-// for a multiple of four nodes. A result is one sum in one order, whatever the block.
+// channels has as many partial sums as a vector has lanes. x has rows for kPixels pixels; node arrays have
+// rows for a multiple of four nodes. A result is one sum in one order, whatever the block.
 
 namespace segkernels {
 namespace {
@@ -29,8 +29,8 @@ SEGKERNELS_INLINE A dot(int64_t channels, const A* a, const A* b) {
   return sum(s);
 }
 
-// Memory that is needed next: `rows` pieces of `bytes` bytes, `step` bytes apart. It is asked for little by little
-// while products are computed: the hardware foresees less, and a burst would stall it.
+// Memory that is needed next: `rows` pieces of `bytes` bytes, `step` bytes apart. It is asked for little by
+// little while products are computed: the hardware foresees less, and a burst would stall it.
 struct Ahead {
   const char* p = nullptr;
   int64_t rows = 0, step = 0, bytes = 0;
@@ -77,28 +77,30 @@ SEGKERNELS_INLINE void score_block(int64_t channels, const A* x, int64_t x_step,
 
 template <bool kSquare, int64_t kK, class A>
 void score_nodes(int64_t pixels, int64_t channels, Rows<const A> x, const A* p, const A* r, int64_t p_step,
-                 Rows<A> out) {
+                 Rows<A> out, Ahead& ahead, int64_t done, int64_t all) {
   constexpr int64_t kT = Vec<A>::lanes / kK;
-  for (int64_t t = 0; t < pixels; t += kT)
+  for (int64_t t = 0; t < pixels; t += kT) {
+    ahead.fetch(done * pixels + kK * t, all * pixels);
     score_block<kSquare, kK>(channels, x[t], x.step, p, r, p_step, out.p + t, out.step);
+  }
 }
 
 // r is not read unless kSquare; channels is a multiple of the lanes.
 template <bool kSquare, class A>
-void scores(int64_t pixels, int64_t channels, int64_t nodes, Rows<const A> x, Rows<const A> p, Rows<const A> r,
-            Rows<A> out, Ahead ahead) {
+void scores(int64_t pixels, int64_t channels, int64_t nodes, Rows<const A> x, Rows<const A> p,
+            Rows<const A> r, Rows<A> out, Ahead ahead) {
   constexpr int64_t kMost = std::min<int64_t>(4, Vec<A>::lanes);
   for (int64_t k = 0; k < nodes;) {
     const int64_t left = nodes - k, taken = left >= 3 ? kMost : std::min<int64_t>(left, 2);
     const A *pk = p[k], *rk = kSquare ? r[k] : nullptr;
     const Rows<A> s = {out[k], out.step};
-    ahead.fetch(k += taken, nodes);
     if (taken == 4)
-      score_nodes<kSquare, kMost>(pixels, channels, x, pk, rk, p.step, s);
+      score_nodes<kSquare, kMost>(pixels, channels, x, pk, rk, p.step, s, ahead, k, nodes);
     else if (taken == 2)
-      score_nodes<kSquare, 2>(pixels, channels, x, pk, rk, p.step, s);
+      score_nodes<kSquare, 2>(pixels, channels, x, pk, rk, p.step, s, ahead, k, nodes);
     else
-      score_nodes<kSquare, 1>(pixels, channels, x, pk, rk, p.step, s);
+      score_nodes<kSquare, 1>(pixels, channels, x, pk, rk, p.step, s, ahead, k, nodes);
+    k += taken;
   }
 }
 
@@ -106,8 +108,8 @@ void scores(int64_t pixels, int64_t channels, int64_t nodes, Rows<const A> x, Ro
 
 // g2, where kSquare: the same of x².
 template <bool kSquare, int64_t kK, int64_t kV, class A>
-SEGKERNELS_INLINE void gather_block(int64_t pixels, const A* q, int64_t q_step, const A* x, int64_t x_step, A* g,
-                                    A* g2, int64_t g_step) {
+SEGKERNELS_INLINE void gather_block(int64_t pixels, const A* q, int64_t q_step, const A* x, int64_t x_step,
+                                    A* g, A* g2, int64_t g_step) {
   constexpr int64_t lanes = Vec<A>::lanes;
   Vec<A> sum[kK][kV], square[kK][kV];
 #pragma GCC unroll 8
@@ -148,8 +150,8 @@ void gather_nodes(int64_t pixels, int64_t channels, const A* q, int64_t q_step, 
     gather_block<kSquare, kK, 1>(pixels, q, q_step, x.p + c, x.step, g + c, g2 + c, g_step);
 }
 
-// g2 is not touched unless kSquare, where a square is shared by twice as many nodes; channels is a multiple of the
-// lanes.
+// g2 is not touched unless kSquare, where a square is shared by twice as many nodes; channels is a multiple
+// of the lanes.
 template <bool kSquare, class A>
 void gather(int64_t pixels, int64_t channels, int64_t nodes, Rows<const A> q, Rows<const A> x, Rows<A> g,
             Rows<A> g2) {
@@ -163,8 +165,8 @@ void gather(int64_t pixels, int64_t channels, int64_t nodes, Rows<const A> q, Ro
 
 // -- spread -----------------------------------------------------------------------------------------
 
-// What a pixel gets from the nodes: Σ_k q·h (+ x), or, as the gradient of an assignment, Σ_k q·h + dl·p, and for its
-// square 2x·Σ_k dl·r, or u·x where r has one number per node.
+// What a pixel gets from the nodes: Σ_k q·h (+ x), or, as the gradient of an assignment, Σ_k q·h + dl·p, and
+// for its square 2x·Σ_k dl·r, or u·x where r has one number per node.
 template <class A>
 struct Mixture {
   Rows<const A> q, h, dl, p, r;
@@ -211,9 +213,9 @@ SEGKERNELS_INLINE void spread_block(int64_t nodes, const Mixture<A>& m, int64_t 
       const int64_t at = c + v * lanes;
       Vec<A> s = sum[t][v];
       if constexpr (kKind == Spread::nodes_and_residual) s = s + load(m.x[t0 + t] + at);
-      if constexpr (kKind == Spread::gradient)
-        s = fma(load(m.x[t0 + t] + at) * splat(A(2)), square[t][v], s);
-      if constexpr (kKind == Spread::gradient_of_norms) s = fma(load(m.x[t0 + t] + at), splat(m.u[t0 + t]), s);
+      if constexpr (kKind == Spread::gradient) s = fma(load(m.x[t0 + t] + at) * splat(A(2)), square[t][v], s);
+      if constexpr (kKind == Spread::gradient_of_norms)
+        s = fma(load(m.x[t0 + t] + at), splat(m.u[t0 + t]), s);
       store(y + t * y_step + at, s);
     }
 }

@@ -8,9 +8,11 @@ namespace segkernels {
 
 constexpr int64_t kPixels = 64;  // of a block
 
-// A row of numbers with `channels` vectors' worth of zeros behind it, an odd number of cache lines long, so that
-// rows do not fall into the same sets of the L1 cache.
-inline int64_t padded(int64_t channels) { return round_up(channels, 16) + 16 * (round_up(channels, 16) / 16 % 2 == 0); }
+// A row of numbers with `channels` vectors' worth of zeros behind it, an odd number of cache lines long, so
+// that rows do not fall into the same sets of the L1 cache.
+inline int64_t padded(int64_t channels) {
+  return round_up(channels, 16) + 16 * (round_up(channels, 16) / 16 % 2 == 0);
+}
 
 // Where the pixels of a map lie; one of the last two strides is 1.
 struct Pixels {

@@ -99,7 +99,8 @@ SEGKERNELS_INLINE void transpose(Vec<A> r[Vec<A>::lanes]) {
   }
 }
 
-// The sums of each of as many vectors as there are lanes, in a fixed order: lane i of the result is sum(r[i]).
+// The sums of each of as many vectors as there are lanes, in a fixed order: lane i of the result is
+// sum(r[i]).
 template <class A>
 SEGKERNELS_INLINE Vec<A> sums(Vec<A> r[Vec<A>::lanes]) {
   constexpr int64_t n = Vec<A>::lanes;

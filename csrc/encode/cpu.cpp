@@ -19,14 +19,17 @@ struct Form {
   int64_t K, rows;
 
   Form(const Tensor& c, const Tensor& s)
-      : memory((1 + 2 * node_rows(c.size(0))) * padded(c.size(1)) + 2 * c.size(0)), K(c.size(0)), rows(node_rows(K)) {
+      : memory((1 + 2 * node_rows(c.size(0))) * padded(c.size(1)) + 2 * c.size(0)),
+        K(c.size(0)),
+        rows(node_rows(K)) {
     const int64_t C = c.size(1), step = padded(C);
     const A *given = const_data<A>(c), *scale = const_data<A>(s);
     const auto [least, most] = std::minmax_element(scale, scale + K);
     A* at = memory.data();
     const auto take = [&](int64_t n) { return std::exchange(at, at + n); };
     const A shared = std::max(*least, A(0)) + std::min(*most, A(0));
-    codewords = {C, step, given, scale, shared, take(step), take(rows * step), take(rows * step), take(K), take(K)};
+    codewords = {C,       step,   given, scale, shared, take(step), take(rows * step), take(rows * step),
+                 take(K), take(K)};
     for (int64_t k = 0; k < K; ++k)
       for (int64_t i = 0; i < C; ++i) codewords.centre[i] += given[k * C + i] / K;
     parallel_for(K, 4 * C, [&](int64_t first, int64_t last) {
@@ -37,8 +40,9 @@ struct Form {
 };
 
 void check(const Tensor& x, const Tensor& c, const Tensor& s) {
-  STD_TORCH_CHECK(c.dim() == 2 && c.size(0) > 0 && c.size(1) == map_of(x).C && s.dim() == 1 && s.size(0) == c.size(0),
-                  "encode: c must be [K, C] over the channels of x, s [K]");
+  STD_TORCH_CHECK(
+      c.dim() == 2 && c.size(0) > 0 && c.size(1) == map_of(x).C && s.dim() == 1 && s.size(0) == c.size(0),
+      "encode: c must be [K, C] over the channels of x, s [K]");
   STD_TORCH_CHECK(c.scalar_type() == acc_type(x.scalar_type()) && s.scalar_type() == c.scalar_type(),
                   "encode: c and s must have the accumulation type of x");
 }
@@ -63,26 +67,29 @@ std::tuple<Tensor, Tensor, Tensor> encode(Tensor x, Tensor c, Tensor s) {
     parallel_for(part.parts(), part.cost(), [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ISA(simd::assign(part.call, first, last))
     });
-    const ResidualSums<T> sums = {form.codewords,   K, form.rows, part.splits(), part.call.masses, part.call.sums,
-                                  mutable_data<T>(e), mutable_data<A>(m)};
+    const ResidualSums<T> sums = {
+        form.codewords,    K, form.rows, part.splits(), part.call.masses, part.call.sums, mutable_data<T>(e),
+        mutable_data<A>(m)};
     parallel_for(map.B * K, C * (part.splits() + 2), [&](int64_t first, int64_t last) {
       std::vector<A> row(form.codewords.step);
-      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i) simd::residual_row(sums, i / K, i % K, row.data()))
+      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
+                            simd::residual_row(sums, i / K, i % K, row.data()))
     });
   });
   return {e, q, m};
 }
 
-std::tuple<Tensor, Tensor, Tensor> encode_backward(Tensor de, Tensor x, Tensor c, Tensor s, Tensor q, Tensor m,
-                                                   std::vector<int64_t> need) {
+std::tuple<Tensor, Tensor, Tensor> encode_backward(Tensor de, Tensor x, Tensor c, Tensor s, Tensor q,
+                                                   Tensor m, std::vector<int64_t> need) {
   check(x, c, s);
   STD_TORCH_CHECK(need.size() == 3, "encode_backward: need has 3 numbers");
   const bool channels_last = is_channels_last(map_of(x));
   de = dense(de), x = as_pixels(x), c = dense(c), s = dense(s), q = as_pixels(q), m = dense(m);
   const Map map = map_of(x);
   const int64_t K = c.size(0), C = c.size(1);
-  STD_TORCH_CHECK(de.numel() == map.B * K * C && de.scalar_type() == x.scalar_type() && m.numel() == map.B * K,
-                  "encode_backward: de must be [B, K, C] of x's type, m [B, K]");
+  STD_TORCH_CHECK(
+      de.numel() == map.B * K * C && de.scalar_type() == x.scalar_type() && m.numel() == map.B * K,
+      "encode_backward: de must be [B, K, C] of x's type, m [B, K]");
   const std::vector<int64_t> none{0};
   const Tensor dx = need[0] ? empty_map(x, {map.B, C, map.H, map.W}, channels_last) : empty(x, none);
   const Tensor dc = empty(c, need[1] ? std::vector<int64_t>{K, C} : none),
@@ -98,15 +105,23 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward(Tensor de, Tensor x, Tensor c
     Differentiating<T> part(x, q, std::nullopt, form.quadratic(), K, dx, need[1] || need[2]);
     parallel_for(map.B * K, 2 * C, [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i) simd::cotangent_row<T>(
-                            form.codewords, const_data<T>(de) + i * C, i % K,
-                            part.h.data() + (i / K * form.rows + i % K) * form.codewords.step, part.t.data() + i))
+          form.codewords, const_data<T>(de) + i * C, i % K,
+          part.h.data() + (i / K * form.rows + i % K) * form.codewords.step, part.t.data() + i))
     });
     parallel_for(part.parts(), part.cost(), [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ISA(simd::assign_backward(part.call, first, last))
     });
     if (!need[1] && !need[2]) return;
-    const CodewordGradients<A> gradients = {form.codewords, map.B, K, form.rows, part.parts(), part.call.a0,
-                                            part.call.a1, part.call.a2, part.h.data(), const_data<A>(m),
+    const CodewordGradients<A> gradients = {form.codewords,
+                                            map.B,
+                                            K,
+                                            form.rows,
+                                            part.parts(),
+                                            part.call.a0,
+                                            part.call.a1,
+                                            part.call.a2,
+                                            part.h.data(),
+                                            const_data<A>(m),
                                             need[1] ? mutable_data<A>(dc) : nullptr,
                                             need[2] ? mutable_data<A>(ds) : nullptr};
     parallel_for(K, C * (part.parts() + map.B), [&](int64_t first, int64_t last) {

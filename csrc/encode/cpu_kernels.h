@@ -1,5 +1,5 @@
-// What encode does beside the assignment: codewords to a quadratic form, sums to residuals, and back. Row by row of
-// [K, C]. Compiled once per instruction set (no include guard).
+// What encode does beside the assignment: codewords to a quadratic form, sums to residuals, and back. Row by
+// row of [K, C]. Compiled once per instruction set (no include guard).
 
 #include "common/assignment_kernels.h"
 

@@ -9,14 +9,14 @@ namespace reprojection {
 template <class T>
 struct Reprojection {
   using A = acc_t<T>;
-  Pixels y, q, r, dq;       // y: of y or dy
+  Pixels y, q, r, dq;  // y: of y or dy
   int64_t K, rows, step, splits;
-  const T* z_data;          // [B, K, D]
-  A* z;                     // [B][rows][step]: the same, wide
+  const T* z_data;  // [B, K, D]
+  A* z;             // [B][rows][step]: the same, wide
   const A* q_data;
   const T *r_data, *dy_data;  // r_data null: no residual
   T* y_data;
-  A *dq_data, *sums;        // null: not needed; sums: [B·splits][rows][step]
+  A *dq_data, *sums;  // null: not needed; sums: [B·splits][rows][step]
 };
 
 }  // namespace reprojection

@@ -38,7 +38,7 @@ struct Prepared {
     call.z = z.data();
     parallel_for(y.B * call.K, y.C, [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i) simd::widen_nodes<A>(
-                            call, i, call.z + (i / call.K * call.rows + i % call.K) * call.step))
+          call, i, call.z + (i / call.K * call.rows + i % call.K) * call.step))
     });
   }
 };
@@ -62,9 +62,8 @@ Tensor reproject(Tensor z, Tensor q, Optional r) {
     Prepared<T> p(z, q, pixels_of(y));
     p.call.y_data = mutable_data<T>(y);
     if (r) p.call.r = pixels_of(*r), p.call.r_data = const_data<T>(*r);
-    parallel_for(map.B * p.call.y.blocks(), kPixels * p.call.y.C * p.call.K, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ISA(simd::mix(p.call, first, last))
-    });
+    parallel_for(map.B * p.call.y.blocks(), kPixels * p.call.y.C * p.call.K,
+                 [&](int64_t first, int64_t last) { SEGKERNELS_BY_ISA(simd::mix(p.call, first, last)) });
   });
   return y;
 }

@@ -24,7 +24,8 @@ void mix(const Reprojection<T>& call, int64_t first_block, int64_t last_block) {
     const int64_t image = block / call.y.blocks(), first = block % call.y.blocks() * kPixels,
                   pixels = std::min(kPixels, call.y.N - first);
     load_nodes<A>(call.q_data + image * call.q.sample + first * call.q.pixel, call.q, pixels, w.q);
-    Mixture<A> m{w.read(w.q), {call.z + image * call.rows * call.step, call.step}, {}, {}, {}, w.read(w.x), nullptr};
+    Mixture<A> m{w.read(w.q), {call.z + image * call.rows * call.step, call.step}, {}, {}, {}, w.read(w.x),
+                 nullptr};
     T* map = call.y_data + image * call.y.sample + first * call.y.pixel;
     const Rows<A> y = w.output(map, call.y, pixels);
     if (call.r_data) {
@@ -56,7 +57,8 @@ void mix_backward(const Reprojection<T>& call, int64_t first_part, int64_t last_
         const Rows<const A> z = {call.z + image * size, call.step};
         const Ahead ahead = ahead_of(call.dy_data + image * call.y.sample, call.y, first + kPixels);
         scores<false>(pixels, w.width, call.K, w.read(w.x), z, {}, w.g, ahead);
-        store_nodes(w.read(w.g), pixels, call.dq_data + image * call.dq.sample + first * call.dq.pixel, call.dq);
+        store_nodes(w.read(w.g), pixels, call.dq_data + image * call.dq.sample + first * call.dq.pixel,
+                    call.dq);
       }
       if (call.sums) {
         load_nodes<A>(call.q_data + image * call.q.sample + first * call.q.pixel, call.q, pixels, w.q);

@@ -1,4 +1,5 @@
-// q = softmax_k(−½‖(x − w_k)/s_k‖²), e_k = Σ q (x − w_k), z from e and the masses, and their gradients, on the CPU.
+// q = softmax_k(−½‖(x − w_k)/s_k‖²), e_k = Σ q (x − w_k), z from e and the masses, and their gradients, on
+// the CPU.
 
 #include "common/tensor.h"
 #include "soft_assign/call.h"
@@ -20,12 +21,23 @@ struct Form {
   int64_t K, rows;
 
   Form(const Tensor& w, const Tensor& s)
-      : memory((2 + 4 * node_rows(w.size(0))) * padded(w.size(1)) + w.size(0)), K(w.size(0)), rows(node_rows(K)) {
+      : memory((2 + 4 * node_rows(w.size(0))) * padded(w.size(1)) + w.size(0)),
+        K(w.size(0)),
+        rows(node_rows(K)) {
     const int64_t C = w.size(1), step = padded(C);
     A* at = memory.data();
     const auto take = [&](int64_t n) { return std::exchange(at, at + n); };
-    nodes = {C, step, const_data<A>(w), const_data<A>(s), take(step), take(step), take(rows * step),
-             take(rows * step), take(rows * step), take(rows * step), take(K)};
+    nodes = {C,
+             step,
+             const_data<A>(w),
+             const_data<A>(s),
+             take(step),
+             take(step),
+             take(rows * step),
+             take(rows * step),
+             take(rows * step),
+             take(rows * step),
+             take(K)};
     for (int64_t c = 0; c < C; ++c) {
       double sum = 0;
       A least = std::numeric_limits<A>::infinity();
@@ -73,8 +85,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_assign(Tensor x, Tensor w, Tenso
     parallel_for(part.parts(), part.cost(), [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ISA(simd::assign(part.call, first, last))
     });
-    const NodeSums<T> sums = {form.nodes, K, form.rows, part.splits(), part.call.masses, part.call.sums, average,
-                              normalise, eps, mutable_data<T>(z), mutable_data<A>(e), mutable_data<A>(m)};
+    const NodeSums<T> sums = {
+        form.nodes, K,         form.rows, part.splits(),      part.call.masses,   part.call.sums,
+        average,    normalise, eps,       mutable_data<T>(z), mutable_data<A>(e), mutable_data<A>(m)};
     parallel_for(map.B * K, C * (part.splits() + 8), [&](int64_t first, int64_t last) {
       std::vector<A> row(form.nodes.step);
       SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i) simd::node_row(sums, i / K, i % K, row.data()))
@@ -83,9 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_assign(Tensor x, Tensor w, Tenso
   return {z, q, e, m};
 }
 
-std::tuple<Tensor, Tensor, Tensor> soft_assign_backward(Optional dz, Optional dq, Tensor x, Tensor w, Tensor s,
-                                                        Tensor q, Tensor e, Tensor m, bool average,
-                                                        bool normalise, double eps, std::vector<int64_t> need) {
+std::tuple<Tensor, Tensor, Tensor> soft_assign_backward(Optional dz, Optional dq, Tensor x, Tensor w,
+                                                        Tensor s, Tensor q, Tensor e, Tensor m, bool average,
+                                                        bool normalise, double eps,
+                                                        std::vector<int64_t> need) {
   check(x, w, s);
   STD_TORCH_CHECK(need.size() == 3, "soft_assign_backward: need has 3 numbers");
   const bool channels_last = is_channels_last(map_of(x));
@@ -93,7 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> soft_assign_backward(Optional dz, Optional dq
   const Map map = map_of(x);
   const int64_t K = w.size(0), C = w.size(1);
   const std::vector<int64_t> none{0};
-  STD_TORCH_CHECK(e.numel() == map.B * K * C && m.numel() == map.B * K, "soft_assign_backward: e or m do not fit");
+  STD_TORCH_CHECK(e.numel() == map.B * K * C && m.numel() == map.B * K,
+                  "soft_assign_backward: e or m do not fit");
   if (dz) {
     dz = dense(*dz);
     STD_TORCH_CHECK(dz->numel() == map.B * K * C && dz->scalar_type() == x.scalar_type(),
@@ -112,8 +127,12 @@ std::tuple<Tensor, Tensor, Tensor> soft_assign_backward(Optional dz, Optional dq
     const Form<A> form(w, s);
     Differentiating<T> part(x, q, dq, form.quadratic(), K, dx, need[1] || need[2]);
     if (dz) {
-      const NodeCotangents<T> given = {form.nodes, K, form.rows, average, normalise, eps, const_data<T>(*dz),
-                                       const_data<A>(e), const_data<A>(m), part.h.data(), part.t.data()};
+      const NodeCotangents<T> given = {form.nodes,         K,
+                                       form.rows,          average,
+                                       normalise,          eps,
+                                       const_data<T>(*dz), const_data<A>(e),
+                                       const_data<A>(m),   part.h.data(),
+                                       part.t.data()};
       parallel_for(map.B * K, 12 * C, [&](int64_t first, int64_t last) {
         std::vector<A> row(form.nodes.step);
         SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
@@ -124,8 +143,17 @@ std::tuple<Tensor, Tensor, Tensor> soft_assign_backward(Optional dz, Optional dq
       SEGKERNELS_BY_ISA(simd::assign_backward(part.call, first, last))
     });
     if (!need[1] && !need[2]) return;
-    const NodeGradients<A> gradients = {form.nodes, map.B, K, form.rows, part.parts(), part.call.a0, part.call.a1,
-                                        part.call.a2, part.h.data(), const_data<A>(e), const_data<A>(m),
+    const NodeGradients<A> gradients = {form.nodes,
+                                        map.B,
+                                        K,
+                                        form.rows,
+                                        part.parts(),
+                                        part.call.a0,
+                                        part.call.a1,
+                                        part.call.a2,
+                                        part.h.data(),
+                                        const_data<A>(e),
+                                        const_data<A>(m),
                                         need[1] ? mutable_data<A>(dw) : nullptr,
                                         need[2] ? mutable_data<A>(ds) : nullptr};
     parallel_for(K, 2 * C * (part.parts() + map.B), [&](int64_t first, int64_t last) {

@@ -1,5 +1,5 @@
-// What soft_assign does beside the assignment: nodes and scales to a quadratic form, sums to nodes, and back. Row
-// by row of [K, C]. Compiled once per instruction set (no include guard).
+// What soft_assign does beside the assignment: nodes and scales to a quadratic form, sums to nodes, and back.
+// Row by row of [K, C]. Compiled once per instruction set (no include guard).
 
 #include "common/assignment_kernels.h"
 
