@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from tests.compat.compositions import COMPOSITIONS
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "tests" / "golden"
 FULL = ROOT.parent / "shared" / "golden"
@@ -47,6 +49,7 @@ PACKAGES = {
     "open-mmlab/mmsegmentation": "mmseg",
     "pytorch/vision": "torchvision",
     "qubvel-org/segmentation_models.pytorch": "smp",
+    "vidit98/graphconv": "graphconv",
     "wkentaro/pytorch-fcn": "torchfcn",
     "xmu-xiaoma666/External-Attention-pytorch": "double_attention",
     "zhanghang1989/PyTorch-Encoding": "encoding",
@@ -67,12 +70,13 @@ def our_class(case: dict[str, Any]) -> Any | None:
     """The class of segkernels.compat for a case (or schema), or None where there is none yet.
 
     ``package.module.Class`` is ``compat.<package>.Class``, or ``compat.<package>.module.Class``
-    where a package has several of that name.
+    where a package has several of that name; of several classes, the chain in
+    :mod:`tests.compat.compositions`.
     """
     name = case["class"].removesuffix(")").split("(")[-1].rsplit(".", 2)
     package = PACKAGES.get(case["repository"])
     if package is None or "{" in case["class"]:
-        return None
+        return COMPOSITIONS.get(case["class"])
     for path in (
         f"segkernels.compat.{package}",
         f"segkernels.compat.{package}.{name[-2] if len(name) > 1 else ''}",

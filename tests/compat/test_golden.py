@@ -168,7 +168,8 @@ def _call(text: str, module: nn.Module, inputs: list[Tensor]) -> Any:
         text,
     )
     text = re.sub(r"input\.(\d+)", r"inputs[\1]", text)
-    return eval(text, {"__builtins__": {}}, {"module": module, "inputs": inputs})
+    names = {"module": module, "composition": module, "inputs": inputs}
+    return eval(text, {"__builtins__": {}}, names)
 
 
 def _flat(value: Any) -> list[Tensor]:
