@@ -23,30 +23,6 @@ struct View {  // element (i, j) at p[i * row + j * column]; one of the strides 
   int64_t row, column;
 };
 
-// r[i][j] ↔ r[j][i] by exchanging blocks of 1, 2, 4, … lanes.
-template <class A>
-SEGKERNELS_INLINE void transpose(Vec<A> r[Vec<A>::lanes]) {
-  constexpr int64_t n = Vec<A>::lanes;
-  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> I;
-  typedef I Index __attribute__((vector_size(SEGKERNELS_VECTOR_BYTES)));
-#pragma GCC unroll 4
-  for (int64_t s = 1; s < n; s *= 2) {
-    Index low, high;
-#pragma GCC unroll 16
-    for (int64_t l = 0; l < n; ++l) {
-      low[l] = l & s ? n + l - s : l;
-      high[l] = l & s ? n + l : l + s;
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < n; ++i)
-      if (!(i & s)) {
-        const Vec<A> a = r[i], b = r[i + s];
-        r[i].v = __builtin_shuffle(a.v, b.v, low);
-        r[i + s].v = __builtin_shuffle(a.v, b.v, high);
-      }
-  }
-}
-
 template <class A>
 struct Fma {
   using Acc = A;

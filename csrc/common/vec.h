@@ -9,7 +9,8 @@
 //   then odd
 //                              positions, which costs one instruction a vector). Numbers that meet must come
 //                              by load2<T>.
-//   sum(v)                     of all lanes, in a fixed order
+//   sum(v), sums(r)            of all lanes, in a fixed order; of each of `lanes` vectors
+//   transpose(r)               of `lanes` vectors
 
 namespace segkernels {
 namespace {
@@ -73,6 +74,51 @@ SEGKERNELS_INLINE Mask lane_range(int64_t first, int64_t last) {
 }
 template <class A>
 constexpr Mask all_lanes = Mask((uint64_t(1) << Vec<A>::lanes) - 1);
+
+// r[i][j] ↔ r[j][i] by exchanging blocks of 1, 2, 4, … lanes.
+template <class A>
+SEGKERNELS_INLINE void transpose(Vec<A> r[Vec<A>::lanes]) {
+  constexpr int64_t n = Vec<A>::lanes;
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> I;
+  typedef I Index __attribute__((vector_size(SEGKERNELS_VECTOR_BYTES)));
+#pragma GCC unroll 4
+  for (int64_t s = 1; s < n; s *= 2) {
+    Index low, high;
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < n; ++l) {
+      low[l] = l & s ? n + l - s : l;
+      high[l] = l & s ? n + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i)
+      if (!(i & s)) {
+        const Vec<A> a = r[i], b = r[i + s];
+        r[i].v = __builtin_shuffle(a.v, b.v, low);
+        r[i + s].v = __builtin_shuffle(a.v, b.v, high);
+      }
+  }
+}
+
+// The sums of each of as many vectors as there are lanes, in a fixed order: lane i of the result is sum(r[i]).
+template <class A>
+SEGKERNELS_INLINE Vec<A> sums(Vec<A> r[Vec<A>::lanes]) {
+  constexpr int64_t n = Vec<A>::lanes;
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> I;
+  typedef I Index __attribute__((vector_size(SEGKERNELS_VECTOR_BYTES)));
+#pragma GCC unroll 4
+  for (int64_t s = n / 2; s > 0; s /= 2) {
+    Index kept, folded;
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < n; ++l) {
+      kept[l] = l & s ? n + l : l;
+      folded[l] = l & s ? n + l - s : l + s;
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < s; ++i)
+      r[i].v = __builtin_shuffle(r[i].v, r[i + s].v, kept) + __builtin_shuffle(r[i].v, r[i + s].v, folded);
+  }
+  return r[0];
+}
 
 // -- fma ------------------------------------------------------------------------------------------
 

@@ -38,18 +38,22 @@ class Case:
         features = torch.randn(self.shape, generator=generator).relu().to(dtype)
         codewords = torch.randn(self.nodes, channels, generator=generator) / 4
         strength = torch.rand(self.nodes, generator=generator)
-        scale = 4 / channels if self.scale is None else self.scale
         return {
             "features": features.to(device).to(memory_format=memory_format),
             "codewords": codewords.to(wide).to(device),
-            "scale": (scale * (strength - (0.5 if self.mixed else 1))).to(wide).to(device),
+            "scale": (self._scale * (strength - (0.5 if self.mixed else 1))).to(wide).to(device),
         }
 
     @property
+    def _scale(self) -> float:
+        return 4 / self.shape[1] if self.scale is None else self.scale
+
+    @property
     def reduction(self) -> int:
-        """The longest sum: channels in the logits, the maps in the gradients of the codewords."""
+        """The longest sum: the maps in the gradients of the codewords. The rounding of a score of
+        size L is one of its exponential by L of its own, and counts as a sum of L²."""
         b, c, h, w = self.shape
-        return max(c, b * h * w)
+        return max(c, b * h * w, round((c * self._scale) ** 2))
 
     def cost(self, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         """mode -> (operations, fewest bytes moved): x, q and dx once, necessary products."""

@@ -22,6 +22,8 @@ Source: Li and Gupta, "Beyond Grids: Learning Graph Representations for Visual R
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -53,21 +55,21 @@ def reproject(
     op = "reproject"
     residuals = {} if residual is None else {"residual": residual}
     fused.check_tensors(op, {"assignment": assignment}, nodes=nodes, **residuals)
-    listing = "".join(
-        f"\n  {n}: {list(t.shape)}"
-        for n, t in {"nodes": nodes, "assignment": assignment, **residuals}.items()
-    )
     if nodes.dim() != 3 or assignment.dim() != 4 or nodes.shape[:2] != assignment.shape[:2]:
-        raise UnsupportedInputError(
-            f"{op}: nodes must be [B, K, D] and assignment [B, K, H, W]{listing}"
-        )
+        _refuse("nodes must be [B, K, D] and assignment [B, K, H, W]", nodes, assignment, residual)
     if 0 in nodes.shape[1:]:
-        raise UnsupportedInputError(f"{op}: no nodes, or nodes without channels{listing}")
+        _refuse("no nodes, or nodes without channels", nodes, assignment, residual)
     expected = (nodes.shape[0], nodes.shape[2], *assignment.shape[2:])
     if residual is not None and residual.shape != expected:
-        raise UnsupportedInputError(f"{op}: residual must be {list(expected)}{listing}")
+        _refuse(f"residual must be {list(expected)}", nodes, assignment, residual)
     y: Tensor = _OPERATOR(nodes, assignment, residual, backend=backend)
     return y
+
+
+def _refuse(why: str, nodes: Tensor, assignment: Tensor, residual: Tensor | None) -> NoReturn:
+    given = {"nodes": nodes, "assignment": assignment, "residual": residual}
+    listing = "".join(f"\n  {n}: {list(t.shape)}" for n, t in given.items() if t is not None)
+    raise UnsupportedInputError(f"reproject: {why}{listing}")
 
 
 def _shapes(z: Tensor, q: Tensor, r: Tensor | None) -> Tensor:

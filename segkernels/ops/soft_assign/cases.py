@@ -40,20 +40,24 @@ class Case:
         features = torch.randn(self.shape, generator=generator).relu().to(dtype)
         anchors = torch.randn(self.nodes, channels, generator=generator).abs() / 2
         spread = 0.6 + 0.8 * torch.rand(self.nodes, channels, generator=generator)
-        scale = math.sqrt(channels) / 2 if self.scale is None else self.scale
         return {
             "features": features.to(device).to(memory_format=memory_format),
             "anchors": anchors.to(wide).to(device),
-            "scales": (scale * spread).to(wide).to(device),
+            "scales": (self._scale * spread).to(wide).to(device),
             "average": self.average,
             "normalise": self.normalise,
         }
 
     @property
+    def _scale(self) -> float:
+        return math.sqrt(self.shape[1]) / 2 if self.scale is None else self.scale
+
+    @property
     def reduction(self) -> int:
-        """The longest sum: channels in the logits, the maps in the gradients of the nodes."""
+        """The longest sum: the maps in the gradients of the nodes. The rounding of a score of size L
+        is one of its exponential by L of its own, and counts as a sum of L²."""
         b, c, h, w = self.shape
-        return max(c, b * h * w)
+        return max(c, b * h * w, round((c / (2 * self._scale**2)) ** 2))
 
     def cost(self, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         """mode -> (operations, fewest bytes moved): x, q and dx once, necessary products."""
