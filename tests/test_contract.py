@@ -432,7 +432,9 @@ def test_compiles_whole(op: str, dynamic: bool, backend: str, device: str) -> No
             assert torch.equal(result, 2 * expected.pop(f"y{i}"))
         for (name, e), g in zip(expected.items(), got, strict=True):
             torch.testing.assert_close(g, e, msg=name)
-        compiled_once = compiled_once or counter.frame_count  # a dynamic float may restart the first
+        compiled_once = (
+            compiled_once or counter.frame_count
+        )  # a dynamic float may restart the first
     assert counter.frame_count == compiled_once
 
 

@@ -146,6 +146,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "integer features": (soft_assign, {"features": X.long()}, r"floating point.*\n.*int64"),
     "integer anchors": (soft_assign, {"anchors": NODES.long()}, r"floating point.*\n"),
     "no tensor of anchors": (soft_assign, {"anchors": [1.0]}, r"anchors must be a tensor\n.*list"),
+    "None for anchors": (soft_assign, {"anchors": None}, r"anchors must be a tensor\n.*NoneType"),
     "anchors elsewhere": (soft_assign, {"anchors": NODES.to("meta")}, r"one device\n.*\n.*meta"),
     "maps of rank 3": (encode, {"features": X[0]}, "4 dimensions"),
     "codewords of other channels": (
@@ -160,7 +161,8 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         r"one value a codeword\n.*\[3, 4\]\n.*\[3, 4\]",
     ),
     "scales of other length": (encode, {"scale": NODES[:2, 0]}, r"one value a codeword\n.*\[2\]"),
-    "no scale": (encode, {"scale": None}, "one value a codeword|must be a tensor"),
+    "no scale": (encode, {"scale": None}, r"scale must be a tensor\n.*NoneType"),
+    "None for assignment": (reproject, {"assignment": None}, "assignment must be a tensor"),
     "nodes of rank 2": (reproject, {"nodes": torch.zeros(3, 4)}, r"nodes must be \[B, K, D\]"),
     "assignment of rank 3": (
         reproject,
