@@ -79,7 +79,8 @@ def gcunet(
 
     channels: of the features that the graphs stand over. graph_channels, nodes: channels and number
     of nodes of each graph. The rest: as of :func:`deeplabv3plus`. The paper begins from clusters of
-    features: ``network.head.init_from(*network.backbone(images))``, once, before training.
+    the features of a backbone that is already trained, once:
+    ``network.head.init_from(*network.backbone(images))``.
     """
     trunk = build_backbone(
         backbone,
