@@ -182,11 +182,14 @@ def test_mmseg_norm_of_the_encoding(norm_cfg: Any, kinds: list[type]) -> None:
 
 def test_mmseg_enc_head_in_parts() -> None:
     sizes = {"in_channels": (3, 5), "in_index": (0, 2), "channels": 4, "num_classes": 6}
-    head = mmseg.EncHead(num_codes=2, use_se_loss=False, dropout_ratio=0.0, **sizes).double()
+    options = {"num_codes": 2, "use_se_loss": False, "add_lateral": True, "dropout_ratio": 0.0}
+    head = mmseg.EncHead(**options, **sizes).double()
     inputs = [_map(2, 3, 9, 7), _map(2, 1, 1, 1), _map(2, 5, 5, 4)]
     chosen = head._transform_inputs(inputs)
     assert chosen[0] is inputs[0] and chosen[1] is inputs[2] and head.in_channels == (3, 5)
     feature = head.bottleneck(inputs[2])
+    lateral = F.interpolate(head.lateral_convs[0](inputs[0]), (5, 4), mode="bilinear")
+    feature = head.fusion(torch.cat([feature, lateral], 1))
     encoded, weighted = head.enc_module(feature)
     gain = head.enc_module.fc(encoded)[:, :, None, None]
     torch.testing.assert_close(weighted, (feature + feature * gain).relu())

@@ -81,6 +81,23 @@ def test_shifting_features_and_codewords_changes_nothing(
     same(segkernels.encode(x + by[:, None, None], c + by, s, backend=backend), e)
 
 
+FAR = {"features and codewords": (64.0, 64.0, 1.0), "features alone": (64.0, 0.0, 1 / 64)}
+
+
+@pytest.mark.parametrize("far", FAR)
+def test_no_cancellation_far_away(far: str, backend: str, device: str) -> None:
+    """Float32, far from the origin or far from the codewords: what all codewords have in common is
+    large and must not be rounded with the rest.
+    """
+    x, c, _ = draw(device, torch.float32)
+    features_at, codewords_at, spread = FAR[far]
+    x, c = x + features_at, spread * c + codewords_at
+    s = torch.full_like(c[:, 0], -0.2)
+    e = segkernels.encode(x, c, s, backend=backend)
+    expected = written(x.double(), c.double(), s.double())
+    same(e / expected.abs().max(), expected / expected.abs().max(), 2e-5)
+
+
 def test_equal_pixels_add_up(backend: str, device: str) -> None:
     """A map of N equal pixels is N times one pixel; the masses of one pixel are one."""
     x, c, s = draw(device)

@@ -114,6 +114,22 @@ def test_shifting_features_and_anchors_changes_nothing(backend: str, device: str
         same(got, expected)
 
 
+FAR = {"features and anchors": (64.0, 64.0, 1.0), "features alone": (64.0, 0.0, 1 / 64)}
+
+
+@pytest.mark.parametrize("far", FAR)
+def test_no_cancellation_far_away(far: str, backend: str, device: str) -> None:
+    """Float32, far from the origin or far from the anchors: what all nodes have in common is large
+    and must not be rounded with the rest.
+    """
+    x, w, _ = draw(device, torch.float32)
+    features_at, anchors_at, spread = FAR[far]
+    x, w = x + features_at, spread * w + anchors_at
+    s = torch.full_like(w, 2.0)
+    _, q = segkernels.soft_assign(x, w, s, backend=backend)
+    same(q, written(x.double(), w.double(), s.double())[1], 2e-5)
+
+
 def test_scaling_everything_changes_nothing(backend: str, device: str) -> None:
     x, w, s = draw(device)
     for got, expected in zip(
