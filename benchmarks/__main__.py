@@ -7,6 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +19,16 @@ from benchmarks.environment import environment
 from benchmarks.goals import EVERY, GOALS, Goal, judge
 from benchmarks.layers import STEP, SeparableStep
 from benchmarks.measure import Row, Settings, empty, measure
-from benchmarks.work import DTYPES, LAYOUTS, MODES, Work, cases, operators, usable_backends
+from benchmarks.work import (
+    COMPILED,
+    DTYPES,
+    LAYOUTS,
+    MODES,
+    Work,
+    cases,
+    operators,
+    usable_backends,
+)
 from segkernels.progress import Progress
 
 QUICK_SECONDS = 45  # when --quick stops taking up rows
@@ -161,7 +171,7 @@ def _compare_parser() -> argparse.ArgumentParser:
 
 def _settings(options: argparse.Namespace) -> Settings:
     if options.goals:
-        return Settings(options.budget or 4.0, (21, 400), options.threads, compile=False)
+        return Settings(options.budget or 4.0, (21, 400), options.threads, False, True)
     if options.quick:
         return Settings(options.budget or 0.25, (5, 100), options.threads, compile=False)
     return Settings(options.budget or 1.0, threads=options.threads, compile=not options.no_compile)
@@ -210,6 +220,15 @@ def _goals(options: argparse.Namespace) -> list[Goal]:
     return [g for g in GOALS if g.device == options.device.split(":")[0]]
 
 
+def _compiled_goal(work: Work, settings: Settings) -> bool:
+    """Whether a run for goals needs the compiled form all the same."""
+    return settings.goals and any(
+        g.against == COMPILED and g.covers(*work.key, mode, work.device)
+        for g in GOALS
+        for mode in work.modes
+    )
+
+
 def _run(plan: Plan, settings: Settings, limit: float | None) -> tuple[list[Row], bool]:
     """Rows, and False after an interrupt. An interrupt and the limit keep what there is."""
     rows: list[Row] = []
@@ -235,7 +254,8 @@ def _rows(work: Work, modes: tuple[str, ...], settings: Settings) -> Iterator[Ro
     """The rows of one work; one that fails is a row that says so."""
     done = 0
     try:
-        for row in measure(work, modes, settings):
+        compiled = settings.compile or _compiled_goal(work, settings)
+        for row in measure(work, modes, replace(settings, compile=compiled)):
             done += 1
             yield row
     except (RuntimeError, ValueError, NotImplementedError) as error:

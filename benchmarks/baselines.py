@@ -1,13 +1,15 @@
 """What the kernels are measured against: each operator as a user of plain PyTorch writes it.
 
-A function carries the name and the arguments of the operator's public function. `FOLDED` holds, for
-inference, the algebraically better form where one exists: it prepares arguments once (as a deployed
-network would) and returns the call.
+A function carries the name and the arguments of the operator's public function and is its published
+form. `EXPANDED` holds the algebraically better form, differentiable as well, where one exists;
+`FOLDED`, for inference, one that prepares arguments once (as a deployed network would) and returns
+the call; `PRODUCTS`, the matrix products alone that a mode cannot do without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,6 +102,134 @@ def _folded_separable(**arguments: Any) -> Callable[[], Tensor] | None:
         folded[f"{kind}_bias"] = bias
     return lambda: separable_conv2d(**folded)
 
+
+def soft_assign(
+    features: Tensor,
+    anchors: Tensor,
+    scales: Tensor,
+    *,
+    average: bool = True,
+    normalise: bool = True,
+    eps: float = 1e-9,
+) -> tuple[Tensor, Tensor]:
+    """As published ports write it: every residual of a pixel to a node exists."""
+    x = _pixels_first(features)[:, :, None]  # [B, N, 1, C]
+    residuals = (x - anchors.to(x.dtype)) / scales.to(x.dtype)
+    q = (residuals.square().sum(3) / -2).softmax(2)  # [B, N, K]
+    z = (q[..., None] * residuals).sum(1)
+    return _finished(z, q, features, average, normalise, eps)
+
+
+def _expanded_soft_assign(
+    features: Tensor,
+    anchors: Tensor,
+    scales: Tensor,
+    *,
+    average: bool = True,
+    normalise: bool = True,
+    eps: float = 1e-9,
+) -> tuple[Tensor, Tensor]:
+    """The square multiplied out: three matrix products (and, in 16 bits, wrong assignments)."""
+    x = _pixels_first(features)
+    w, s = anchors.to(x.dtype), scales.to(x.dtype)
+    g = s**-2
+    logits = x @ (w * g).T - x.square() @ (g / 2).T - (w.square() * g).sum(1) / 2
+    q = logits.softmax(2)  # [B, N, K]
+    z = (q.transpose(1, 2) @ x - q.sum(1)[..., None] * w) / s
+    return _finished(z, q, features, average, normalise, eps)
+
+
+def _finished(
+    z: Tensor, q: Tensor, features: Tensor, average: bool, normalise: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    if average:
+        z = z / (q.sum(1)[..., None] + eps)
+    if normalise:
+        z = F.normalize(z, dim=2)
+    return z, q.transpose(1, 2).unflatten(2, features.shape[2:])
+
+
+def encode(features: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    """As published: every residual of a pixel to a codeword exists."""
+    x = _pixels_first(features)[:, :, None]  # [B, N, 1, C]
+    residuals = x - codewords.to(x.dtype)
+    q = (scale.to(x.dtype) * residuals.square().sum(3)).softmax(2)  # [B, N, K]
+    return (q[..., None] * residuals).sum(1)
+
+
+def _expanded_encode(features: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    """The square multiplied out: two matrix products."""
+    x = _pixels_first(features)
+    c, s = codewords.to(x.dtype), scale.to(x.dtype)
+    squares = x.square().sum(2, keepdim=True) + c.square().sum(1)
+    q = (s * (squares - 2 * x @ c.T)).softmax(2)  # [B, N, K]
+    return q.transpose(1, 2) @ x - q.sum(1)[..., None] * c
+
+
+def reproject(nodes: Tensor, assignment: Tensor, residual: Tensor | None = None) -> Tensor:
+    """One batched matrix product, into the residual where there is one."""
+    q = _pixels_first(assignment).to(nodes.dtype)  # [B, N, K]
+    y = q @ nodes if residual is None else torch.baddbmm(_pixels_first(residual), q, nodes)
+    return y.transpose(1, 2).unflatten(2, assignment.shape[2:])
+
+
+def _pixels_first(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, N, C]"""
+    return x.flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _NodeProducts:
+    """Products of all pixels with all nodes: to [B, N, K], to [B, K, C], to [B, N, C]."""
+
+    scores: int
+    gathers: int
+    spreads: int
+
+    def __add__(self, other: _NodeProducts) -> _NodeProducts:
+        return _NodeProducts(
+            self.scores + other.scores, self.gathers + other.gathers, self.spreads + other.spreads
+        )
+
+    def call(self, features: Tensor, nodes: Tensor) -> Callable[[], list[Tensor]]:
+        x = _pixels_first(features).detach()
+        w = nodes.detach().to(x.dtype)  # [K, C]
+        q = torch.rand(*x.shape[:2], len(w), device=x.device).to(x.dtype)
+        return lambda: [
+            *(x @ w.T for _ in range(self.scores)),
+            *(q.transpose(1, 2) @ x for _ in range(self.gathers)),
+            *(q @ w for _ in range(self.spreads)),
+        ]
+
+
+def _products(
+    mode: str, forward: _NodeProducts, backward: _NodeProducts, features: Tensor, nodes: Tensor
+) -> Callable[[], list[Tensor]]:
+    needed = {"forward": forward, "backward": backward}.get(mode, forward + backward)
+    return needed.call(features, nodes)
+
+
+def _soft_assign_products(
+    mode: str, features: Tensor, anchors: Tensor, **_: Any
+) -> Callable[[], list[Tensor]]:
+    return _products(mode, _NodeProducts(2, 1, 0), _NodeProducts(1, 2, 3), features, anchors)
+
+
+def _encode_products(
+    mode: str, features: Tensor, codewords: Tensor, **_: Any
+) -> Callable[[], list[Tensor]]:
+    return _products(mode, _NodeProducts(1, 1, 0), _NodeProducts(1, 1, 2), features, codewords)
+
+
+EXPANDED: dict[str, Callable[..., Any]] = {
+    "soft_assign": _expanded_soft_assign,
+    "encode": _expanded_encode,
+}
+
+PRODUCTS: dict[str, Callable[..., Callable[[], list[Tensor]]]] = {
+    "soft_assign": _soft_assign_products,
+    "encode": _encode_products,
+}
 
 FOLDED: dict[str, Callable[..., Callable[[], Tensor] | None]] = {
     "separable_conv2d": _folded_separable

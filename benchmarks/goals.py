@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from benchmarks.measure import Row
-from benchmarks.work import EAGER
+from benchmarks.measure import PRODUCTS, Row
+from benchmarks.work import COMPILED, EAGER, EXPANDED
 
 EVERY = "*"  # any value: the worst of the rows decides
 
@@ -66,6 +66,27 @@ def _cpu_goals() -> Iterator[Goal]:
         for dtype in ("float32", "bfloat16"):
             yield Goal(op, EVERY, dtype, "nchw", "forward", 1)
             yield Goal(op, EVERY, dtype, "nchw", "backward", 1)
+    yield from _node_goals()
+
+
+def _node_goals() -> Iterator[Goal]:
+    """Published broadcast form, multiplied out, that compiled; and the products alone."""
+    both = "forward+backward"
+    for op, case, mode, ratios in (
+        ("soft_assign", "c512_65_k32", "forward", (70, 2.5, 2)),
+        ("soft_assign", "c512_65_k32", both, (150, 5, 4)),
+        ("soft_assign", "c512_65_k8", "forward", (40, 2.5, 2)),
+        ("soft_assign", "c512_65_k8", both, (50, 3, 2)),
+        ("soft_assign", "c512_65_k2", "forward", (4, 1.5, 1.2)),
+        ("soft_assign", "c512_65_k2", both, (6, 2, 2)),
+        ("encode", "c512_65_k32", "forward", (70, 2.5, 2)),
+        ("encode", "c512_65_k32", both, (150, 5, 4)),
+    ):
+        for ratio, against in zip(ratios, (EAGER, EXPANDED, COMPILED), strict=True):
+            yield Goal(op, case, "float32", "channels_last", mode, ratio, against)
+        if mode == both or case == "c512_65_k32":
+            yield Goal(op, case, "float32", "channels_last", mode, 1 / 1.5, PRODUCTS)
+    yield Goal("soft_assign", "c512_65_k32", "float32", "nchw", "forward", 150)
 
 
 GOALS = tuple(_cpu_goals())
@@ -77,7 +98,12 @@ def judge(rows: Sequence[Row], goals: Iterable[Goal] = GOALS) -> list[Verdict]:
 
 
 def _verdict(goal: Goal, rows: Sequence[Row]) -> Verdict:
-    covered = [r for r in rows if goal.covers(r.op, r.case, r.dtype, r.layout, r.mode, r.device)]
+    covered = [
+        r
+        for r in rows
+        if goal.covers(r.op, r.case, r.dtype, r.layout, r.mode, r.device)
+        and (goal.against in r.ratios or not r.timed)
+    ]
     if not covered:
         return Verdict(goal, "not measured")
     for row in covered:

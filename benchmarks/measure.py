@@ -9,11 +9,12 @@ from typing import Any
 
 from benchmarks import work as ways_of
 from benchmarks.accuracy import accuracy
-from benchmarks.work import BEST, COMPILED, EAGER, OURS, Arguments, Work
+from benchmarks.work import BEST, COMPILED, EAGER, EXPANDED, OURS, Arguments, Work
 from segkernels import timing
 from segkernels.timing import Call, Run
 
 COPY = "copy"
+PRODUCTS = "products"
 L2_BYTES = 180e6  # inputs beyond this many bytes between two uses leave no GPU's cache warm
 MAX_SETS = 64
 
@@ -26,6 +27,7 @@ class Settings:
     rounds: tuple[int, int] = (7, 400)
     threads: int | None = None
     compile: bool = True
+    goals: bool = False  # what a goal is against is measured in any case
 
 
 @dataclass
@@ -111,7 +113,7 @@ def _compiled(work: Work, arguments: Arguments) -> tuple[Any, str]:
     compiled = work.compiled()
     try:
         way = work.ways(arguments, True, compiled)[COMPILED]
-        way.call("forward+backward", ways_of.cotangent(way.forward()))()
+        way.call("forward+backward", ways_of.cotangents(way.results()))()
     except Exception as error:  # whatever a compiler raises: our row must not depend on it
         return None, f"torch.compile failed: {type(error).__name__}"
     return compiled, ""
@@ -124,20 +126,23 @@ def _fill(row: Row, work: Work, arguments: Arguments, compiled: Any, settings: S
     calls: dict[str, list[Call]] = {}
     for number, inputs in enumerate(ways_of.input_sets(arguments, sets)):
         ways = work.ways(inputs, grad, compiled)
-        dy = ways_of.cotangent(ways[EAGER].forward()) if grad else None
+        dy = ways_of.cotangents(ways[OURS].results()) if grad else ()
         for name, way in ways.items():
             calls.setdefault(name, []).append(way.call(row.mode, dy))
+        if products := work.products(row.mode, inputs):
+            calls.setdefault(PRODUCTS, []).append(products)
         calls.setdefault(COPY, []).append(timing.copy_of(row.bytes, row.device))
         if number == 0:
             row.memory = {
                 name: asdict(timing.memory_of(call[0], row.device))
                 for name, call in calls.items()
-                if name in (OURS, EAGER)
+                if name in (OURS, EAGER, EXPANDED)
             }
             if grad:
                 row.saved = {
                     name: timing.saved_bytes(ways[name].forward, ways[name].parameters)
-                    for name in (OURS, EAGER)
+                    for name in (OURS, EAGER, EXPANDED)
+                    if name in ways
                 }
     options: dict[str, Any] = {
         "device": row.device,

@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.goals import EVERY, Verdict
-from benchmarks.measure import Row
+from benchmarks.measure import PRODUCTS, Row
 from benchmarks.work import COMPILED, EAGER, OURS
 from segkernels.console import print_table
 
 SCHEMA = 1
 HEADER = (
     "case", "dtype", "layout", "mode", "backend", "time ms", "× eager", "× best eager",
-    "× compile", "GFLOP/s", "GB/s", "% copy", "extra MB ours/eager", "saved MB ours/eager",
-    "error ours/eager",
+    "× compile", "GFLOP/s", "GB/s", "% copy", "% products", "extra MB ours/eager",
+    "saved MB ours/eager", "error ours/eager",
 )  # fmt: skip
 GOAL_HEADER = ("goal", "mode", "needs", "has", "range", "at minimum", "verdict")
 NOTES = (
     "time: median, with the range of the middle 60 % of rounds; ×: how many times longer the other",
     "takes, median over pairs of one round; best eager: the fastest eager form in either memory",
     "format, scales folded where that is possible; % copy: of the speed at which a copy moves, in",
-    "the same run, the least bytes that this work must move; extra: peak memory beyond inputs and",
+    "the same run, the least bytes that this work must move; % products: of the speed of the",
+    "matrix products that the work cannot do without, alone; extra: peak memory beyond inputs and",
     "results; saved: kept for the backward, parameters excluded; error: largest error against",
     "float64, relative to the largest value. No time stands beside a wrong result.",
 )
@@ -35,7 +36,7 @@ def cells(row: Row) -> tuple[str, ...]:
     name = (row.case, row.dtype, row.layout, row.mode, row.backend)
     error = _pair(row.errors, "{:.1e}".format)
     if not row.timed:
-        return (*name, row.note or "not measured", *("",) * 8, error)
+        return (*name, row.note or "not measured", *("",) * 9, error)
     seconds = row.seconds[OURS]
     low, high = seconds["low"] * 1e3, seconds["high"] * 1e3
     extra = {n: m["peak"] - m["result"] for n, m in row.memory.items()}
@@ -48,6 +49,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.speed / 1e9:.1f}",
         f"{row.bandwidth / 1e9:.1f}",
         f"{row.copy_share * 100:.0f}",
+        f"{row.ratios[PRODUCTS]['median'] * 100:.0f}" if PRODUCTS in row.ratios else "–",
         _pair(extra, _megabytes),
         _pair(row.saved, _megabytes),
         error,
@@ -74,9 +76,9 @@ def print_report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
     names = HEADER[:5]
     for op, group in _by_operator(rows):
         table = [cells(row) for row in group]
-        print_table(op, HEADER[:12], [line[:12] for line in table])
-        rest = [line[:5] + line[12:] for line in table]
-        print_table(f"{op}: memory and accuracy", names + HEADER[12:], rest)
+        print_table(op, HEADER[:13], [line[:13] for line in table])
+        rest = [line[:5] + line[13:] for line in table]
+        print_table(f"{op}: memory and accuracy", names + HEADER[13:], rest)
     if verdicts:
         print_table("goals", GOAL_HEADER, [goal_cells(v) for v in verdicts])
 

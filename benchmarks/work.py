@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import segkernels
 from benchmarks import baselines
+from segkernels.fused import memory_format
 from segkernels.timing import Call
 
 MODES = ("forward", "backward", "forward+backward")
@@ -28,28 +29,34 @@ EAGER = "eager"
 OTHER_FORMAT = "eager, other format"
 FOLDED = "folded"
 FOLDED_OTHER = "folded, other format"
+EXPANDED = "expanded"
+EXPANDED_OTHER = "expanded, other format"
 COMPILED = "compile"
-BEST = (EAGER, OTHER_FORMAT, FOLDED, FOLDED_OTHER)  # the candidates for "best eager"
+BEST = (EAGER, OTHER_FORMAT, FOLDED, FOLDED_OTHER, EXPANDED, EXPANDED_OTHER)  # the best eager's
 
 Arguments = dict[str, Any]
+Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do the work on one set of inputs."""
+    """One way to do the work on one set of inputs: a tensor, or a tuple of them."""
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Any]
     leaves: tuple[Tensor, ...] = ()
     parameters: tuple[Tensor, ...] = ()
 
-    def call(self, mode: str, dy: Tensor | None = None) -> Call:
+    def results(self) -> Tensors:
+        return as_tuple(self.forward())
+
+    def call(self, mode: str, dy: Tensors = ()) -> Call:
         """What is timed. The backward alone is repeated over one recorded forward."""
         if mode == "forward":
             return self.forward
         if mode == "backward":
-            y = self.forward()
+            y = self.results()
             return lambda: torch.autograd.grad(y, self.leaves, dy, retain_graph=True)
-        return lambda: torch.autograd.grad(self.forward(), self.leaves, dy)
+        return lambda: torch.autograd.grad(self.results(), self.leaves, dy)
 
 
 @dataclass(frozen=True)
@@ -82,13 +89,17 @@ class Work:
         self, arguments: Arguments, grad: bool, compiled: Callable[..., Any] | None
     ) -> dict[str, Way]:
         """Every way by name. `compiled` is the compiled baseline, or None to leave it out."""
-        eager = self.baseline()
+        eager, expanded = getattr(baselines, self.op), baselines.EXPANDED.get(self.op)
         other = in_other_format(arguments)
         functions = {OURS: (self._ours(self.backend), arguments), EAGER: (eager, arguments)}
-        functions[OTHER_FORMAT] = (eager, other)
+        if expanded is None:
+            functions[OTHER_FORMAT] = (eager, other)
+        else:  # the published form is no rival in any format
+            functions |= {EXPANDED: (expanded, arguments), EXPANDED_OTHER: (expanded, other)}
         if compiled is not None:
             functions[COMPILED] = (compiled, arguments)
-        ways = {name: _way(f, a, grad) for name, (f, a) in functions.items()}
+        own = self.parameters(arguments)
+        ways = {name: _way(f, a, grad, own) for name, (f, a) in functions.items()}
         fold = baselines.FOLDED.get(self.op)
         if fold is not None and not grad:
             for name, a in ((FOLDED, arguments), (FOLDED_OTHER, other)):
@@ -98,7 +109,19 @@ class Work:
         return ways
 
     def baseline(self) -> Callable[..., Any]:
-        return getattr(baselines, self.op)
+        """What is compiled: the better of the forms in plain PyTorch."""
+        return baselines.EXPANDED.get(self.op) or getattr(baselines, self.op)
+
+    def products(self, mode: str, arguments: Arguments) -> Call | None:
+        """The matrix products that the work cannot do without, alone."""
+        products = baselines.PRODUCTS.get(self.op)
+        return None if products is None else products(mode, **arguments)
+
+    def parameters(self, arguments: Arguments) -> frozenset[str]:
+        """Arguments that do not grow with the batch."""
+        larger = replace(self.case, shape=(self.case.shape[0] + 1, *self.case.shape[1:]))
+        sizes = {k: v.shape for k, v in _tensors(larger.inputs()).items()}
+        return frozenset(k for k, v in _tensors(arguments).items() if v.shape == sizes[k])
 
     def truth(self, arguments: Arguments) -> Way:
         """The reference on the same numbers, widened to float64."""
@@ -120,7 +143,7 @@ class Work:
         parts = [costs[part] for part in mode.split("+")]
         return sum(flops for flops, _ in parts), sum(nbytes for _, nbytes in parts)
 
-    def _ours(self, backend: str) -> Callable[..., Tensor]:
+    def _ours(self, backend: str) -> Callable[..., Any]:
         return partial(getattr(segkernels, self.op), backend=backend)
 
 
@@ -132,11 +155,16 @@ def cases(op: str) -> Sequence[Any]:
     return tuple(import_module(f"segkernels.ops.{op}.cases").PAPER)
 
 
-def cotangent(y: Tensor) -> Tensor:
-    """A fixed random dy with the type and layout of y."""
+def as_tuple(y: Any) -> Tensors:
+    return y if isinstance(y, tuple) else (y,)
+
+
+def cotangents(results: Tensors) -> Tensors:
+    """Fixed random ones with the types and layouts of the results."""
     generator = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=generator, dtype=torch.float32)
-    return torch.empty_like(y).copy_(dy)
+    return tuple(
+        torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator)) for y in results
+    )
 
 
 def usable_backends(op: str, arguments: Arguments) -> list[str]:
@@ -156,24 +184,34 @@ def input_sets(arguments: Arguments, count: int) -> Iterator[Arguments]:
 def forward_and_backward(op: str, arguments: Arguments) -> Iterator[str]:
     """Calls the public function, then its backward for every tensor; each when it is asked for."""
     tensors = {k: v.detach().requires_grad_() for k, v in _tensors(arguments).items()}
-    y = getattr(segkernels, op)(**(arguments | tensors))
+    y = as_tuple(getattr(segkernels, op)(**(arguments | tensors)))
     yield "forward"
-    torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y))
+    torch.autograd.grad(y, list(tensors.values()), [torch.empty_like(t) for t in y])
     yield "backward"
 
 
 def in_other_format(arguments: Arguments) -> Arguments:
-    """x in the other memory format, the rest as it is."""
-    x = arguments["x"]
-    nchw = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    other = torch.contiguous_format if nchw else torch.channels_last
-    return arguments | {"x": x.contiguous(memory_format=other)}
+    """The maps in the other memory format, the rest as it is."""
+    maps = [v for v in arguments.values() if isinstance(v, Tensor) and v.dim() == 4]
+    size, last = maps[0].shape[2:], memory_format(maps[0]) == torch.channels_last
+    other = torch.contiguous_format if last else torch.channels_last
+    turned = {
+        k: v.contiguous(memory_format=other)
+        for k, v in _tensors(arguments).items()
+        if v.shape[2:] == size
+    }
+    return arguments | turned
 
 
-def _way(function: Callable[..., Any], arguments: Arguments, grad: bool) -> Way:
+def _way(
+    function: Callable[..., Any],
+    arguments: Arguments,
+    grad: bool,
+    parameters: Container[str] = (),
+) -> Way:
     tensors = {k: v.detach().requires_grad_(grad) for k, v in _tensors(arguments).items()}
-    parameters = tuple(t for name, t in tensors.items() if name != "x")
-    return Way(partial(function, **(arguments | tensors)), tuple(tensors.values()), parameters)
+    own = tuple(t for name, t in tensors.items() if name in parameters)
+    return Way(partial(function, **(arguments | tensors)), tuple(tensors.values()), own)
 
 
 def _tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -259,11 +259,12 @@ def _self_test(op: str, device: str, backend: str) -> Finding:
 
 
 def _results(op: str, backend: str, inputs: dict[str, Any]) -> list[Tensor]:
-    """The output and the gradients of all tensors for a fixed cotangent."""
+    """The outputs and the gradients of all tensors for fixed cotangents."""
     leaves = {n: v.detach().requires_grad_() for n, v in inputs.items() if isinstance(v, Tensor)}
     y = getattr(segkernels, op)(**(inputs | leaves), backend=backend)
-    cotangent = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape)
-    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), cotangent)]
+    y = y if isinstance(y, tuple) else (y,)
+    dy = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view_as(t) for t in y]
+    return [t.detach() for t in y] + [*torch.autograd.grad(y, list(leaves.values()), dy)]
 
 
 # ---- the report ----------------------------------------------------------------------------------

@@ -115,23 +115,25 @@ def interleave(
 ) -> Run:
     """Time several calls in turns.
 
-    Rounds are repeated, at least `rounds[0]` and at most `rounds[1]` of them, until every median is
-    known to `precision` (half the width of its 95 % interval, relative) or `budget` seconds are
-    spent after the warm-up. A call given as a sequence is a set of variants (the same work on other
-    inputs) taken in turn. `threads` pins PyTorch's intra-op threads for the duration.
+    Rounds are repeated, at least `rounds[0]` (three, where one takes longer than the budget) and at
+    most `rounds[1]` of them, until every median is known to `precision` (half the width of its 95 %
+    interval, relative) or `budget` seconds are spent after the warm-up. A call given as a sequence
+    is a set of variants (the same work on other inputs) taken in turn. `threads` pins PyTorch's
+    intra-op threads for the duration.
     """
     variants = {name: [call] if callable(call) else list(call) for name, call in calls.items()}
     with _pinned(threads) as pinned, _collector_paused(), side_stream(device):
         turns, kind = _turns(variants, torch.device(device), clock)
         samples: dict[str, list[float]] = {name: [] for name in turns}
         start = clock()
+        least = rounds[0]
         for done in range(1, rounds[1] + 1):
             for name in _rotated(list(turns), done):
                 samples[name].append(turns[name].seconds())
-            settled = done >= rounds[0] and all(
-                _half_width(s) <= precision for s in samples.values()
-            )
-            if done >= rounds[0] and (settled or clock() - start >= budget):
+            if done == 1 and clock() - start > budget:
+                least = min(least, 3)
+            settled = done >= least and all(_half_width(s) <= precision for s in samples.values())
+            if done >= least and (settled or clock() - start >= budget):
                 break
     timings = {name: Timing(tuple(samples[name]), len(turns[name].sequence)) for name in turns}
     return Run(timings, kind, pinned)

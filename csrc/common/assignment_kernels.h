@@ -45,6 +45,16 @@ void load_block(const T* map, const Pixels& at, int64_t pixels, const A* centre,
     }
 }
 
+// The block of pixels `first` on of an image of a map, as memory that is needed next.
+template <class T>
+Ahead ahead_of(const T* image, const Pixels& at, int64_t first) {
+  const int64_t pixels = std::min(kPixels, at.N - first), size = sizeof(T);
+  const char* p = reinterpret_cast<const char*>(image + first * at.pixel);
+  if (pixels <= 0) return {};
+  if (at.channel == 1) return {p, pixels, at.pixel * size, at.C * size};
+  return {p, at.C, at.channel * size, pixels * size};
+}
+
 // map = block[t][c]
 template <class A, class T>
 void store_block(Rows<const A> block, int64_t pixels, T* map, const Pixels& at) {
@@ -177,6 +187,13 @@ struct Workspace {
     x = {p, padded(channels)};
     y = {p + kPixels * x.step, x.step};
   }
+  // Where to write a block of a map: into the map itself where it has room for all that is written.
+  template <class T>
+  Rows<A> output(T* map, const Pixels& at, int64_t pixels) const {
+    if constexpr (std::is_same_v<A, T>)
+      if (at.channel == 1 && at.C == width && pixels == kPixels) return {map, at.pixel};
+    return y;
+  }
   static Rows<const A> read(Rows<A> r) { return {r.p, r.step}; }
 };
 
@@ -206,10 +223,11 @@ struct Blocks {
     const Quadratic<A>& f = call.form;
     for (int64_t block = split * call.x.blocks() / splits; block < (split + 1) * call.x.blocks() / splits; ++block) {
       const int64_t first = block * kPixels, pixels = load_x(image, first);
+      const Ahead ahead = ahead_of(call.x_data + image * call.x.sample, call.x, first + kPixels);
       if (f.norms)
-        scores<false>(pixels, w.width, call.K, w.read(w.x), nodes(f.p), nodes(f.p), w.q);
+        scores<false>(pixels, w.width, call.K, w.read(w.x), nodes(f.p), {}, w.q, ahead);
       else
-        scores<true>(pixels, w.width, call.K, w.read(w.x), nodes(f.p), nodes(f.r), w.q);
+        scores<true>(pixels, w.width, call.K, w.read(w.x), nodes(f.p), nodes(f.r), w.q, ahead);
       softmax(pixels, call.K, w.q, f.b, f.r, f.norms ? w.norms : nullptr);
       add_pixels(pixels, call.K, w.read(w.q), mass);
       store_nodes(w.read(w.q), pixels, call.q_data + image * call.q.sample + first * call.q.pixel, call.q);
@@ -233,7 +251,8 @@ struct Blocks {
       const int64_t pixels = load_x(image, first);
       load_nodes<A>(call.q_data + image * call.q.sample + first * call.q.pixel, call.q, pixels, w.q);
       const Rows<const A> h = nodes(call.h + image * call.rows * call.step);
-      scores<false>(pixels, w.width, call.K, w.read(w.x), h, h, w.g);
+      const Ahead ahead = ahead_of(call.x_data + image * call.x.sample, call.x, first + kPixels);
+      scores<false>(pixels, w.width, call.K, w.read(w.x), h, {}, w.g, ahead);
       if (call.dq_data) add_dq(image, first, pixels);
       softmax_backward(pixels, call.K, w.read(w.q), call.t + image * call.K, w.g);
       add_pixels(pixels, call.K, w.read(w.g), a0);
@@ -263,6 +282,8 @@ struct Blocks {
 
   void write_dx(int64_t image, int64_t first, int64_t pixels, Rows<const A> h) {
     const Quadratic<A>& f = call.form;
+    T* dx = call.dx_data + image * call.dx.sample + first * call.dx.pixel;
+    const Rows<A> y = w.output(dx, call.dx, pixels);
     const Mixture<A> m = {w.read(w.q), h, w.read(w.g), nodes(f.p), nodes(f.r), w.read(w.x), w.u};
     if (f.norms) {
       for (int64_t t = 0; t < pixels; ++t) {
@@ -270,11 +291,11 @@ struct Blocks {
         for (int64_t k = 0; k < call.K; ++k) u += w.g[k][t] * f.r[k];
         w.u[t] = 2 * u;
       }
-      spread<Spread::gradient_of_norms>(pixels, w.width, call.K, m, w.y);
+      spread<Spread::gradient_of_norms>(pixels, w.width, call.K, m, y);
     } else {
-      spread<Spread::gradient>(pixels, w.width, call.K, m, w.y);
+      spread<Spread::gradient>(pixels, w.width, call.K, m, y);
     }
-    store_block(w.read(w.y), pixels, call.dx_data + image * call.dx.sample + first * call.dx.pixel, call.dx);
+    if (y.p == w.y.p) store_block(w.read(y), pixels, dx, call.dx);
   }
 };
 

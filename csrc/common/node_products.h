@@ -6,13 +6,12 @@
 //
 // Channels lie along vectors: rows of x, p, … are padded with zeros to whole vectors, so that every sum over
 // channels has as many partial sums as a vector has lanes. x has rows for kPixels pixels; node arrays have rows
-// for a multiple of kNodes nodes. A result is one sum in one order, whatever the block.
+// for a multiple of four nodes. A result is one sum in one order, whatever the block.
 
 namespace segkernels {
 namespace {
 namespace SEGKERNELS_ISA {
 
-constexpr int64_t kNodes = 4;  // taken at once, where there are as many
 constexpr int64_t kVectors = SEGKERNELS_VECTOR_BYTES == 64 ? 4 : 2;
 
 template <class A>
@@ -29,6 +28,19 @@ SEGKERNELS_INLINE A dot(int64_t channels, const A* a, const A* b) {
   for (int64_t c = 0; c < channels; c += Vec<A>::lanes) s = fma(load(a + c), load(b + c), s);
   return sum(s);
 }
+
+// Memory that is needed next: `rows` pieces of `bytes` bytes, `step` bytes apart. It is asked for little by little
+// while products are computed: the hardware foresees less, and a burst would stall it.
+struct Ahead {
+  const char* p = nullptr;
+  int64_t rows = 0, step = 0, bytes = 0;
+  int64_t asked = 0;
+
+  void fetch(int64_t done, int64_t all) {
+    for (const int64_t until = std::min(rows, done * rows / all); asked < until; ++asked)
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + asked * step + at, 0, 2);
+  }
+};
 
 // -- scores -----------------------------------------------------------------------------------------
 
@@ -65,28 +77,28 @@ SEGKERNELS_INLINE void score_block(int64_t channels, const A* x, int64_t x_step,
 
 template <bool kSquare, int64_t kK, class A>
 void score_nodes(int64_t pixels, int64_t channels, Rows<const A> x, const A* p, const A* r, int64_t p_step,
-                 A* out, int64_t out_step) {
-  for (int64_t t = 0; t < pixels; t += Vec<A>::lanes / kK)
-    score_block<kSquare, kK>(channels, x[t], x.step, p, r, p_step, out + t, out_step);
+                 Rows<A> out) {
+  constexpr int64_t kT = Vec<A>::lanes / kK;
+  for (int64_t t = 0; t < pixels; t += kT)
+    score_block<kSquare, kK>(channels, x[t], x.step, p, r, p_step, out.p + t, out.step);
 }
 
 // r is not read unless kSquare; channels is a multiple of the lanes.
 template <bool kSquare, class A>
 void scores(int64_t pixels, int64_t channels, int64_t nodes, Rows<const A> x, Rows<const A> p, Rows<const A> r,
-            Rows<A> out) {
+            Rows<A> out, Ahead ahead) {
+  constexpr int64_t kMost = std::min<int64_t>(4, Vec<A>::lanes);
   for (int64_t k = 0; k < nodes;) {
-    const A* rk = kSquare ? r[k] : nullptr;
-    const int64_t left = nodes - k;
-    if (left > 2 && Vec<A>::lanes >= 4) {
-      score_nodes<kSquare, (Vec<A>::lanes < 4 ? 1 : 4)>(pixels, channels, x, p[k], rk, p.step, out[k], out.step);
-      k += 4;
-    } else if (left > 1) {
-      score_nodes<kSquare, 2>(pixels, channels, x, p[k], rk, p.step, out[k], out.step);
-      k += 2;
-    } else {
-      score_nodes<kSquare, 1>(pixels, channels, x, p[k], rk, p.step, out[k], out.step);
-      k += 1;
-    }
+    const int64_t left = nodes - k, taken = left >= 3 ? kMost : std::min<int64_t>(left, 2);
+    const A *pk = p[k], *rk = kSquare ? r[k] : nullptr;
+    const Rows<A> s = {out[k], out.step};
+    ahead.fetch(k += taken, nodes);
+    if (taken == 4)
+      score_nodes<kSquare, kMost>(pixels, channels, x, pk, rk, p.step, s);
+    else if (taken == 2)
+      score_nodes<kSquare, 2>(pixels, channels, x, pk, rk, p.step, s);
+    else
+      score_nodes<kSquare, 1>(pixels, channels, x, pk, rk, p.step, s);
   }
 }
 
@@ -98,37 +110,37 @@ SEGKERNELS_INLINE void gather_block(int64_t pixels, const A* q, int64_t q_step, 
                                     A* g2, int64_t g_step) {
   constexpr int64_t lanes = Vec<A>::lanes;
   Vec<A> sum[kK][kV], square[kK][kV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int64_t k = 0; k < kK; ++k)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int64_t v = 0; v < kV; ++v) {
       sum[k][v] = load(g + k * g_step + v * lanes);
       if constexpr (kSquare) square[k][v] = load(g2 + k * g_step + v * lanes);
     }
   for (int64_t t = 0; t < pixels; ++t) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int64_t v = 0; v < kV; ++v) {
       const Vec<A> xt = load(x + t * x_step + v * lanes), xx = xt * xt;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int64_t k = 0; k < kK; ++k) {
         sum[k][v] = fma(splat(q[k * q_step + t]), xt, sum[k][v]);
         if constexpr (kSquare) square[k][v] = fma(splat(q[k * q_step + t]), xx, square[k][v]);
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int64_t k = 0; k < kK; ++k)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int64_t v = 0; v < kV; ++v) {
       store(g + k * g_step + v * lanes, sum[k][v]);
       if constexpr (kSquare) store(g2 + k * g_step + v * lanes, square[k][v]);
     }
 }
 
-template <bool kSquare, int64_t kK, class A>
+template <bool kSquare, int64_t kK, int64_t kV, class A>
 void gather_nodes(int64_t pixels, int64_t channels, const A* q, int64_t q_step, Rows<const A> x, A* g, A* g2,
                   int64_t g_step) {
-  constexpr int64_t lanes = Vec<A>::lanes, kV = kSquare ? kVectors / 2 : kVectors;
+  constexpr int64_t lanes = Vec<A>::lanes;
   int64_t c = 0;
   for (; c + kV * lanes <= channels; c += kV * lanes)
     gather_block<kSquare, kK, kV>(pixels, q, q_step, x.p + c, x.step, g + c, g2 + c, g_step);
@@ -136,14 +148,17 @@ void gather_nodes(int64_t pixels, int64_t channels, const A* q, int64_t q_step, 
     gather_block<kSquare, kK, 1>(pixels, q, q_step, x.p + c, x.step, g + c, g2 + c, g_step);
 }
 
-// g2 is not touched unless kSquare; channels is a multiple of the lanes.
+// g2 is not touched unless kSquare, where a square is shared by twice as many nodes; channels is a multiple of the
+// lanes.
 template <bool kSquare, class A>
 void gather(int64_t pixels, int64_t channels, int64_t nodes, Rows<const A> q, Rows<const A> x, Rows<A> g,
             Rows<A> g2) {
+  constexpr int64_t kMany = kVectors == 4 && kSquare ? 8 : 4, kV = kSquare ? 1 : kVectors;
   int64_t k = 0;
-  for (; k + kNodes <= nodes; k += kNodes)
-    gather_nodes<kSquare, kNodes>(pixels, channels, q[k], q.step, x, g[k], g2[k], g.step);
-  for (; k < nodes; ++k) gather_nodes<kSquare, 1>(pixels, channels, q[k], q.step, x, g[k], g2[k], g.step);
+  for (; k + kMany <= nodes; k += kMany)
+    gather_nodes<kSquare, kMany, kV>(pixels, channels, q[k], q.step, x, g[k], g2[k], g.step);
+  for (; k < nodes; ++k)
+    gather_nodes<kSquare, 1, kVectors>(pixels, channels, q[k], q.step, x, g[k], g2[k], g.step);
 }
 
 // -- spread -----------------------------------------------------------------------------------------

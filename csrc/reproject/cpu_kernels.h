@@ -25,14 +25,16 @@ void mix(const Reprojection<T>& call, int64_t first_block, int64_t last_block) {
                   pixels = std::min(kPixels, call.y.N - first);
     load_nodes<A>(call.q_data + image * call.q.sample + first * call.q.pixel, call.q, pixels, w.q);
     Mixture<A> m{w.read(w.q), {call.z + image * call.rows * call.step, call.step}, {}, {}, {}, w.read(w.x), nullptr};
+    T* map = call.y_data + image * call.y.sample + first * call.y.pixel;
+    const Rows<A> y = w.output(map, call.y, pixels);
     if (call.r_data) {
       load_block(call.r_data + image * call.r.sample + first * call.r.pixel, call.r, pixels,
                  static_cast<const A*>(nullptr), w.x);
-      spread<Spread::nodes_and_residual>(pixels, w.width, call.K, m, w.y);
+      spread<Spread::nodes_and_residual>(pixels, w.width, call.K, m, y);
     } else {
-      spread<Spread::nodes>(pixels, w.width, call.K, m, w.y);
+      spread<Spread::nodes>(pixels, w.width, call.K, m, y);
     }
-    store_block(w.read(w.y), pixels, call.y_data + image * call.y.sample + first * call.y.pixel, call.y);
+    if (y.p == w.y.p) store_block(w.read(y), pixels, map, call.y);
   }
 }
 
@@ -52,7 +54,8 @@ void mix_backward(const Reprojection<T>& call, int64_t first_part, int64_t last_
                  static_cast<const A*>(nullptr), w.x);
       if (call.dq_data) {
         const Rows<const A> z = {call.z + image * size, call.step};
-        scores<false>(pixels, w.width, call.K, w.read(w.x), z, z, w.g);
+        const Ahead ahead = ahead_of(call.dy_data + image * call.y.sample, call.y, first + kPixels);
+        scores<false>(pixels, w.width, call.K, w.read(w.x), z, {}, w.g, ahead);
         store_nodes(w.read(w.g), pixels, call.dq_data + image * call.dq.sample + first * call.dq.pixel, call.dq);
       }
       if (call.sums) {

@@ -41,7 +41,7 @@ def test_every_instruction_set(isa: str | None) -> None:
 
 def check(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
     inputs = case.inputs(dtype, layout, "cpu", kinks=dtype.itemsize > 2)
-    dy = contract.cotangent_like(OP, inputs)
+    dy = contract.cotangents_like(OP, inputs)
     truth = contract.with_gradients(OP, contract.widened(inputs), "reference", dy)
     yardstick = contract.with_gradients(OP, inputs, "reference", dy)
     got = contract.with_gradients(OP, inputs, "native", dy)

@@ -54,8 +54,8 @@ class Case:
 
     @property
     def reduction(self) -> int:
-        """The longest sum: the maps in the gradients of the nodes. The rounding of a score of size L
-        is one of its exponential by L of its own, and counts as a sum of L²."""
+        """The longest sum: the maps in the gradients of the nodes. The rounding of a score of
+        size L is one of its exponential by L of its own, and counts as a sum of L²."""
         b, c, h, w = self.shape
         return max(c, b * h * w, round((c / (2 * self._scale**2)) ** 2))
 
