@@ -291,16 +291,14 @@ class _Fused(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def check_tensors(
-    op: str, wide: dict[str, Tensor | None] | None = None, /, **tensors: Tensor
-) -> None:
+def check_tensors(op: str, wide: dict[str, Tensor] | None = None, /, **tensors: Tensor) -> None:
     """Raise UnsupportedInputError unless all are dense floating point tensors on one device and
     ``tensors`` share one type.
 
-    The ``wide`` ones may be None, or have any floating type (they are taken in the accumulation
-    type); autocast lifts the condition of one type where it casts: never from or to float64.
+    The ``wide`` ones may have any floating type (they are taken in the accumulation type); autocast
+    lifts the condition of one type where it casts: never from or to float64.
     """
-    given = tensors | {n: t for n, t in (wide or {}).items() if t is not None}
+    given = tensors | (wide or {})
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise UnsupportedInputError(

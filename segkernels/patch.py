@@ -24,17 +24,32 @@ import torch
 from torch import Tensor, nn
 
 from segkernels.fused import check_backend
+from segkernels.ops.nodes import too_many_nodes
 
 MARK = "_segkernels_patch"
 
 
+def _no_depthwise(module: nn.Module) -> str | None:
+    """Why there is nothing to fuse in a layer of convolutions; None if there is."""
+    from segkernels.nn.pair import depthwise_obstacle  # here: importing segkernels stays quick
+
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels]
+    obstacles = [depthwise_obstacle(conv) for conv in convs]
+    if None in obstacles:
+        return None
+    return obstacles[0] if obstacles else "no depthwise convolution in it"
+
+
 @dataclass(frozen=True)
 class Layer:
-    """A published class: where its forward is, the children it reads, and what it cannot do."""
+    """A published class: where its forward is, the children it reads, what it cannot do, and when
+    there is nothing in it to fuse.
+    """
 
     face: str
     children: tuple[str, ...] = ()
     limit: Callable[[nn.Module], str | None] = lambda module: None
+    idle: Callable[[nn.Module], str | None] = _no_depthwise
 
     def load(self) -> type[nn.Module]:
         package, _, name = self.face.rpartition(".")
@@ -47,6 +62,16 @@ class Layer:
 def _one_input(head: nn.Module) -> str | None:
     transform = getattr(head, "input_transform", None)
     return None if transform in (None, "resize_concat") else f"input_transform={transform!r}"
+
+
+def _over_nodes(face: str, nodes: str, *children: str) -> Layer:
+    """A layer of an operator over nodes, whose parameter ``nodes`` has one a row."""
+    return Layer(
+        face,
+        (nodes, *children),
+        lambda module: too_many_nodes(len(getattr(module, nodes))),
+        lambda module: None,
+    )
 
 
 _SMP = "segmentation_models_pytorch.decoders.deeplabv3.decoder"
@@ -78,6 +103,9 @@ LAYERS = {
     "modeling.backbone.xception.SeparableConv2d": Layer(
         "jfzhang.SeparableConv2d", ("conv1", "bn", "pointwise")
     ),
+    "mmseg.models.utils.encoding.Encoding": _over_nodes("mmseg.Encoding", "codewords", "scale"),
+    "encoding.nn.encoding.Encoding": _over_nodes("encoding.Encoding", "codewords", "scale"),
+    "model.basicnet.GraphNet": _over_nodes("mgl.GraphNet", "anchor", "sigma", "normalize_input"),
 }
 
 # Containers inside those layers: they keep their forward, but a fused layer may open them.
@@ -123,8 +151,8 @@ def patch(
     strict: bool = False,
     dry_run: bool = False,
 ) -> Report:
-    """Replaces the forward of every known layer in ``model`` that holds a depthwise convolution the
-    kernels take.
+    """Replaces the forward of every known layer in ``model`` that holds what the kernels take: a
+    depthwise convolution, an assignment to nodes.
 
     sample: arguments for ``model(...)`` (a tensor, a tuple, or a dict of keywords): the model then
     runs before and after, forward and backward, and the report has the largest differences;
@@ -140,7 +168,7 @@ def patch(
     found: list[tuple[nn.Module, Layer]] = []
     for name, module, published, layer in _known(model, LAYERS):
         kind = f"{published.__module__}.{published.__qualname__}"
-        why = _obstacle(module, published, layer) or _no_depthwise(module)
+        why = _obstacle(module, published, layer) or layer.idle(module)
         if why is not None:
             report.skipped.append(Entry(name, kind, why))
         else:
@@ -213,17 +241,6 @@ def _obstacle(module: nn.Module, published: type, layer: Layer) -> str | None:
     return layer.limit(module)
 
 
-def _no_depthwise(module: nn.Module) -> str | None:
-    """Why there is nothing to fuse in a layer; None if there is."""
-    from segkernels.nn.pair import depthwise_obstacle  # here: importing segkernels stays quick
-
-    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels]
-    obstacles = [depthwise_obstacle(conv) for conv in convs]
-    if None in obstacles:
-        return None
-    return obstacles[0] if obstacles else "no depthwise convolution in it"
-
-
 def _signature(kind: type) -> tuple[str, ...]:
     """The parameters of forward but self; a single plain one may have any name."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]  # type: ignore[attr-defined]
@@ -252,7 +269,9 @@ def _measure(model: nn.Module, sample: Any) -> Run:
         outputs = dict(_tensors("output", model(*args, **kwargs)))
         wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
         sources = [out for out in outputs.values() if out.requires_grad]
-        cotangents = [torch.randn_like(out) for out in sources]
+        # in one order of memory: the layout of an output may change, not the numbers fed into it
+        layout = torch.contiguous_format
+        cotangents = [torch.randn_like(out, memory_format=layout) for out in sources]
         found = torch.autograd.grad(sources, list(wanted.values()), cotangents, allow_unused=True)
     gradients = {name: g for name, g in zip(wanted, found, strict=True) if g is not None}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

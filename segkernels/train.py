@@ -1,5 +1,8 @@
 """Training and evaluation of segmentation networks: one loop for all that map images to logits.
 
+A network that in training also returns logits of which classes an image has (EncNet: ``Logits``)
+gets the semantic encoding loss beside the pixels' cross entropy, times ``Recipe.presence``.
+
 A run is decided by its seed: the order of the samples and their flips come from a generator of
 their own, and PyTorch's generator (dropout) is seeded for the run and put back afterwards.
 """
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from segkernels.metrics import confusion_matrix
+from segkernels.networks import Logits
+from segkernels.nn import semantic_encoding_loss
 
 IGNORE = 255  # a pixel with this label has no loss and no score
 
@@ -26,6 +31,7 @@ class Recipe:
     """How to train; the rate rises over `warmup` steps and falls as (1 − step/steps)^power, "poly".
 
     batch: images a step. flip: batches are mirrored and transposed at random, one of eight ways.
+    presence: weight of the loss of the classes' presence, where the network returns it.
     """
 
     steps: int
@@ -37,6 +43,7 @@ class Recipe:
     power: float = 0.9
     warmup: int = 20
     flip: bool = True
+    presence: float = 0.2
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -64,9 +71,9 @@ def train(
 ) -> list[float]:
     """Minimise the cross entropy of `model` on `data`, in place; returns the loss of every step.
 
-    model: images [B, 3, H, W] to logits [B, K, H, W]; it is left in training mode, where its
-    parameters are. data: pairs of image [3, H, W] and label [H, W] (int64; 255 is ignored).
-    report(step, loss) is called after every step.
+    model: images [B, 3, H, W] to logits [B, K, H, W], or to `Logits`; it is left in training mode,
+    where its parameters are. data: pairs of image [3, H, W] and label [H, W] (int64; 255 is
+    ignored). report(step, loss) is called after every step.
 
     Raises:
         FloatingPointError: the loss is no longer a number; the model is what diverged.
@@ -80,7 +87,7 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             logits = model(images.to(device, memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, labels.to(device), ignore_index=IGNORE)
+            loss = _loss(logits, labels.to(device), recipe)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -92,6 +99,14 @@ def train(
                 )
             report(step, losses[-1])
     return losses
+
+
+def _loss(logits: Tensor | Logits, labels: Tensor, recipe: Recipe) -> Tensor:
+    pixels = logits.pixels if isinstance(logits, Logits) else logits
+    loss = F.cross_entropy(pixels, labels, ignore_index=IGNORE)
+    if isinstance(logits, Logits):
+        loss = loss + recipe.presence * semantic_encoding_loss(logits.presence, labels, IGNORE)
+    return loss
 
 
 def _batches(data: Dataset[tuple[Tensor, ...]], recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,6 +24,24 @@ def separable(**changed: Any) -> Any:
     return segkernels.separable_conv2d(**(call | changed))
 
 
+NODES = torch.ones(3, 4)
+
+
+def soft_assign(**changed: Any) -> Any:
+    call = {"features": X, "anchors": NODES, "scales": NODES}
+    return segkernels.soft_assign(**(call | changed))
+
+
+def encode(**changed: Any) -> torch.Tensor:
+    call = {"features": X, "codewords": NODES, "scale": NODES[:, 0]}
+    return segkernels.encode(**(call | changed))
+
+
+def reproject(**changed: Any) -> torch.Tensor:
+    call = {"nodes": torch.zeros(2, 3, 4), "assignment": torch.zeros(2, 3, 6, 5)}
+    return segkernels.reproject(**(call | changed))
+
+
 SEVERAL = torch.zeros(2, 4, 1, 3, 3)
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -105,6 +123,77 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"depthwise_bias": torch.zeros(4), "inner_eps": 1e-5},
         "has no effect",
     ),
+    "features of rank 3": (soft_assign, {"features": X[0]}, r"4 dimensions.*\n.*\[4, 6, 5\]"),
+    "anchors of other channels": (
+        soft_assign,
+        {"anchors": NODES[:, :3]},
+        r"anchors must be \[K, C\].*\n.*\[3, 3\]\n.*\[2, 4, 6, 5\]",
+    ),
+    "anchors of rank 1": (soft_assign, {"anchors": NODES[0]}, r"anchors must be \[K, C\]"),
+    "no anchors": (soft_assign, {"anchors": NODES[:0]}, r"anchors must be \[K, C\].*\n.*\[0, 4\]"),
+    "features without channels": (
+        soft_assign,
+        {"features": X[:, :0], "anchors": NODES[:, :0]},
+        r"anchors must be \[K, C\]",
+    ),
+    "one scale a node": (
+        soft_assign,
+        {"scales": NODES[:, 0]},
+        r"the shape of anchors\n.*\[3, 4\]\n.*\[3\]",
+    ),
+    "eps below zero": (soft_assign, {"eps": -1e-9}, r"0 or more\n.*-1e-09"),
+    "eps no number": (soft_assign, {"eps": None}, r"0 or more\n.*None"),
+    "integer features": (soft_assign, {"features": X.long()}, r"floating point.*\n.*int64"),
+    "integer anchors": (soft_assign, {"anchors": NODES.long()}, r"floating point.*\n"),
+    "no tensor of anchors": (soft_assign, {"anchors": [1.0]}, r"anchors must be a tensor\n.*list"),
+    "None for anchors": (soft_assign, {"anchors": None}, r"anchors must be a tensor\n.*NoneType"),
+    "anchors elsewhere": (soft_assign, {"anchors": NODES.to("meta")}, r"one device\n.*\n.*meta"),
+    "maps of rank 3": (encode, {"features": X[0]}, "4 dimensions"),
+    "codewords of other channels": (
+        encode,
+        {"codewords": NODES[:, :3]},
+        r"codewords must be \[K, C\].*\n.*\[3, 3\]",
+    ),
+    "no codewords": (encode, {"codewords": NODES[:0]}, r"codewords must be \[K, C\]"),
+    "a scale a channel": (
+        encode,
+        {"scale": NODES},
+        r"one value a codeword\n.*\[3, 4\]\n.*\[3, 4\]",
+    ),
+    "scales of other length": (encode, {"scale": NODES[:2, 0]}, r"one value a codeword\n.*\[2\]"),
+    "no scale": (encode, {"scale": None}, r"scale must be a tensor\n.*NoneType"),
+    "None for assignment": (reproject, {"assignment": None}, "assignment must be a tensor"),
+    "nodes of rank 2": (reproject, {"nodes": torch.zeros(3, 4)}, r"nodes must be \[B, K, D\]"),
+    "assignment of rank 3": (
+        reproject,
+        {"assignment": torch.zeros(2, 3, 30)},
+        r"assignment \[B, K, H, W\]\n.*\[2, 3, 4\]\n.*\[2, 3, 30\]",
+    ),
+    "assignment to other nodes": (
+        reproject,
+        {"assignment": torch.zeros(2, 4, 6, 5)},
+        r"nodes must be \[B, K, D\]",
+    ),
+    "assignment of other images": (
+        reproject,
+        {"assignment": torch.zeros(1, 3, 6, 5)},
+        r"nodes must be \[B, K, D\]",
+    ),
+    "no nodes": (
+        reproject,
+        {"nodes": torch.zeros(2, 0, 4), "assignment": torch.zeros(2, 0, 6, 5)},
+        r"no nodes.*\n.*\[2, 0, 4\]",
+    ),
+    "residual of other channels": (
+        reproject,
+        {"residual": torch.zeros(2, 3, 6, 5)},
+        r"residual must be \[2, 4, 6, 5\]\n(.*\n)*.*\[2, 3, 6, 5\]",
+    ),
+    "residual of another type": (
+        reproject,
+        {"residual": torch.zeros(2, 4, 6, 5).bfloat16()},
+        r"different types\n",
+    ),
 }
 
 
@@ -112,7 +201,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
 def test_bad_input_is_named(name: str) -> None:
     function, changed, message = BAD[name]
     with pytest.raises(
-        segkernels.UnsupportedInputError, match=rf"(?s)^{function.__name__}_conv2d: .*{message}"
+        segkernels.UnsupportedInputError, match=rf"(?s)^{function.__name__}(_conv2d)?: .*{message}"
     ):
         function(**changed)
 

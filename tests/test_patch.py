@@ -82,7 +82,41 @@ class DepthwiseSeparableConvModule(nn.Module):
         return self.pointwise_conv(self.depthwise_conv(x))
 
 
+class Encoding(nn.Module):
+    """The equations, with their tensor of pixels, codewords and channels."""
+
+    def __init__(self, channels: int, num_codes: int) -> None:
+        super().__init__()
+        self.codewords = nn.Parameter(torch.randn(num_codes, channels))
+        self.scale = nn.Parameter(-torch.rand(num_codes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residuals = x.flatten(2).mT[:, :, None] - self.codewords  # [B, N, K, C]
+        q = (self.scale * residuals.square().sum(3)).softmax(2)
+        return (q[..., None] * residuals).sum(1)
+
+
+class GraphNet(nn.Module):
+    """The equations, with the published way of reading [B, K, C] as [B, C, K]."""
+
+    def __init__(self, node_num: int, dim: int) -> None:
+        super().__init__()
+        self.normalize_input = True
+        self.anchor = nn.Parameter(torch.rand(node_num, dim))
+        self.sigma = nn.Parameter(torch.rand(node_num, dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.normalize(x, dim=1)
+        residuals = (x.flatten(2).mT[:, :, None] - self.anchor) / self.sigma.sigmoid()
+        q = (-residuals.square().sum(3) / 2).softmax(2)  # [B, N, K]
+        nodes = F.normalize((q[..., None] * residuals).sum(1) / q.sum(1)[..., None], dim=2)
+        nodes = F.normalize(nodes.flatten(1), dim=1)
+        return nodes.reshape(len(x), x.shape[1], -1), q.mT
+
+
 PLACES = {
+    "mmseg.models.utils.encoding": (Encoding,),
+    "model.basicnet": (GraphNet,),
     SMP: (SeparableConv2d, ASPPPooling, ASPP),
     f"{MMCV}.conv_module": (ConvModule,),
     f"{MMCV}.depthwise_separable_conv_module": (DepthwiseSeparableConvModule,),
@@ -175,6 +209,18 @@ def test_same_results_and_back(training: bool, rates: list[int]) -> None:
     assert set(map(id, optimiser.param_groups[0]["params"])) == set(map(id, net.parameters()))
 
 
+def test_layers_over_nodes() -> None:
+    torch.manual_seed(0)
+    for layer in (Encoding(3, 5), GraphNet(5, 3)):
+        net = nn.Sequential(nn.Conv2d(3, 3, 1), layer).double()
+        report = patch(net, image(), backend="reference")
+        assert [entry.name for entry in report.replaced] == ["1"] and not report.skipped
+        assert report.difference is not None and max(report.difference.values()) < 1e-10
+        assert unpatch(net) == 1
+    (entry,) = patch(Encoding(3, 257)).skipped
+    assert entry.note == "the kernels take up to 256 nodes, not 257"
+
+
 def test_hooks_still_run(rates: list[int]) -> None:
     net = model()
     seen: list[str] = []
@@ -264,6 +310,9 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "vainf.DeepLabHead": {"in_channels": 4, "num_classes": 2},
     "vainf.DeepLabHeadV3Plus": {"in_channels": 4, "low_level_channels": 3, "num_classes": 2},
     "jfzhang.SeparableConv2d": {"inplanes": 4, "planes": 4},
+    "mmseg.Encoding": {"channels": 4, "num_codes": 3},
+    "encoding.Encoding": {"D": 4, "K": 3},
+    "mgl.GraphNet": {"node_num": 3, "dim": 4},
 }
 
 

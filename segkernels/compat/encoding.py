@@ -1,6 +1,8 @@
-"""PyTorch-Encoding, encoding.models.sseg.deeplab: ``ASPP_Module``, ``DeepLabV3Head``.
+"""PyTorch-Encoding: encoding.models.sseg.deeplab's ``ASPP_Module``, ``DeepLabV3Head``;
+encoding.nn's ``Encoding``; encoding.models.sseg.encnet's ``EncModule``.
 
-Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
+Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017; Zhang et
+al., "Context Encoding for Semantic Segmentation", CVPR 2018.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from torch.nn import functional as F
 
 from segkernels.nn.arguments import NormClass, norm_maker, several
 from segkernels.nn.aspp import pyramid
+from segkernels.nn.enc_module import emphasised
+from segkernels.nn.encoding import Encoding as _Encoding
+from segkernels.ops.encode import encode
 
 
 def ASPPConv(
@@ -113,3 +118,65 @@ class DeepLabV3Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(self.aspp(x))
+
+
+class Encoding(_Encoding):
+    """[B, D, H, W] or [B, D, N] to [B, K, D]. Keys: ``codewords``, ``scale``."""
+
+    def __init__(self, D: int, K: int, *, backend: str | None = None) -> None:
+        super().__init__(D, K, backend=backend)
+        self.D, self.K = D, K
+
+    def forward(self, X: Tensor) -> Tensor:
+        maps = X[..., None] if X.dim() == 3 else X
+        return encode(maps, self.codewords, self.scale, backend=self.backend)
+
+
+class Mean(nn.Module):
+    def __init__(self, dim: int, keep_dim: bool = False) -> None:
+        super().__init__()
+        self.dim, self.keep_dim = dim, keep_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.mean(self.dim, self.keep_dim)
+
+
+class EncModule(nn.Module):
+    """[B, C, H, W] to a tuple: the map with its channels weighted and, with ``se_loss``, the logits
+    [B, nclass] of the classes' presence.
+
+    norm_layer: sees the encoding as a map [B, K, C, 1].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        nclass: int,
+        ncodes: int = 32,
+        se_loss: bool = True,
+        norm_layer: NormClass = nn.BatchNorm2d,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_maker("norm_layer", norm_layer)
+        self.se_loss = se_loss
+        self.encoding = nn.Sequential(
+            nn.Conv2d(in_channels, in_channels, 1, bias=False),
+            norm_layer(in_channels),
+            nn.ReLU(inplace=True),
+            Encoding(in_channels, ncodes, backend=backend),
+            norm_layer(ncodes),
+            nn.ReLU(inplace=True),
+            Mean(1),
+        )
+        self.fc = nn.Sequential(nn.Linear(in_channels, in_channels), nn.Sigmoid())
+        if se_loss:
+            self.selayer = nn.Linear(in_channels, nclass)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        conv, norm, relu, encoding, code_norm, code_relu, mean = self.encoding
+        e = encoding(relu(norm(conv(x))))  # [B, K, C]
+        v = mean(code_relu(code_norm(e[..., None])[..., 0]))  # [B, C]
+        y = emphasised(x, self.fc(v))
+        return (y, self.selayer(v)) if self.se_loss else (y,)

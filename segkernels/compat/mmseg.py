@@ -1,34 +1,46 @@
-"""mmseg.models.decode_heads: ``ASPPHead``, ``DepthwiseSeparableASPPHead``.
+"""mmseg.models.decode_heads: ``ASPPHead``, ``DepthwiseSeparableASPPHead``, ``EncHead``,
+``EncModule``; mmseg.models.utils: ``Encoding``.
 
-``forward(inputs)`` with a list of feature maps returns logits, as published. The losses and
+``forward(inputs)`` with a list of feature maps returns logits, as published (EncHead: and those of
+the classes' presence). The losses and
 predictions of mmseg's heads (``loss``, ``predict``) belong to mmengine's data structures and are
 not here: their options are kept as attributes. A rate of 1 is a 1x1 convolution; the concatenation
 begins with the image pool.
 
 Source: Chen et al., "Rethinking Atrous Convolution", 2017; "Encoder-Decoder with Atrous Separable
-Convolution", ECCV 2018.
+Convolution", ECCV 2018; Zhang et al., "Context Encoding for Semantic Segmentation", CVPR 2018.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkernels.compat.mmcv import RELU, Config, ConvModule, DepthwiseSeparableConvModule
+from segkernels.compat.mmcv import (
+    RELU,
+    Config,
+    ConvModule,
+    DepthwiseSeparableConvModule,
+    build_norm,
+)
 from segkernels.nn.arguments import several
 from segkernels.nn.aspp import pyramid
 from segkernels.nn.chain import run
+from segkernels.nn.enc_module import emphasised
+from segkernels.nn.encoding import Encoding as _Encoding
 
 CROSS_ENTROPY: Config = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0}
+SE_LOSS: Config = {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 0.2}
 
 
 class BaseDecodeHead(nn.Module):
     """Selection of the inputs, dropout and classifier of every mmseg head."""
 
+    TRANSFORMS: ClassVar[tuple[str | None, ...]] = (None, "resize_concat")
     backend: str | None
 
     def __init__(
@@ -53,9 +65,9 @@ class BaseDecodeHead(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if input_transform not in (None, "resize_concat"):
+        if input_transform not in self.TRANSFORMS:
             raise ValueError(
-                "input_transform is None or 'resize_concat' for this head"
+                f"input_transform is {' or '.join(map(repr, self.TRANSFORMS))} for this head"
                 f"\n  input_transform: {input_transform!r}"
             )
         _check_inputs(in_channels, in_index, input_transform)
@@ -66,7 +78,8 @@ class BaseDecodeHead(nn.Module):
                 f"\n  out_channels: {out_channels}\n  num_classes: {num_classes}"
             )
         self.backend = backend
-        self.in_channels = in_channels if isinstance(in_channels, int) else sum(in_channels)
+        joined = input_transform == "resize_concat"
+        self.in_channels: Any = sum(in_channels) if joined else in_channels  # type: ignore[arg-type]
         self.dropout_ratio = dropout_ratio
         self.channels, self.num_classes, self.out_channels = channels, num_classes, out_channels
         self.conv_cfg, self.norm_cfg, self.act_cfg = conv_cfg, norm_cfg, act_cfg
@@ -108,11 +121,13 @@ class BaseDecodeHead(nn.Module):
             "backend": self.backend,
         }
 
-    def _transform_inputs(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The map that the head works on."""
+    def _transform_inputs(self, inputs: Sequence[Tensor]) -> Any:
+        """The map that the head works on; the list of maps for "multiple_select"."""
         if self.input_transform is None:
             return inputs[self.in_index]  # type: ignore[index]
         chosen = [inputs[i] for i in self.in_index]  # type: ignore[union-attr]
+        if self.input_transform == "multiple_select":
+            return chosen
         size, align = chosen[0].shape[-2:], self.align_corners
         return torch.cat(
             [F.interpolate(x, size, mode="bilinear", align_corners=align) for x in chosen], 1
@@ -177,6 +192,112 @@ class DepthwiseSeparableASPPHead(ASPPHead):
             )
             x = torch.cat([x, low_level], 1)
         return self.cls_seg(run(x, [self.sep_bottleneck], backend=self.backend))
+
+
+class Encoding(_Encoding):
+    """[B, channels, H, W] to [B, num_codes, channels]. Keys: ``codewords``, ``scale``."""
+
+    def __init__(self, channels: int, num_codes: int, *, backend: str | None = None) -> None:
+        super().__init__(channels, num_codes, backend=backend)
+        self.channels, self.num_codes = channels, num_codes
+
+
+class EncModule(nn.Module):
+    """x [B, C, H, W] to the pooled encoding [B, C] and the map with its channels weighted, in this
+    order. ``encoding_project``, ``encoding``, ``fc``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_codes: int,
+        conv_cfg: Config | None,
+        norm_cfg: Config | None,
+        act_cfg: Config | None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoding_project = ConvModule(
+            in_channels,
+            in_channels,
+            1,
+            conv_cfg=conv_cfg,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+            backend=backend,
+        )
+        encoding: list[nn.Module] = [Encoding(in_channels, num_codes, backend=backend)]
+        if norm_cfg is not None:
+            encoding.append(build_norm(_along_a_line(norm_cfg), num_codes)[1])
+        self.encoding = nn.Sequential(*encoding, nn.ReLU(inplace=True))
+        self.fc = nn.Sequential(nn.Linear(in_channels, in_channels), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        v = self.encoding(self.encoding_project(x)).mean(1)
+        return v, emphasised(x, self.fc(v))
+
+
+class EncHead(BaseDecodeHead):
+    """``bottleneck`` on the last of the inputs, fused with ``lateral_convs`` of the others where
+    ``add_lateral``, ``enc_module``, ``conv_seg``.
+
+    Returns logits or, with ``use_se_loss``, logits and those of the classes' presence.
+    """
+
+    TRANSFORMS = ("multiple_select",)
+
+    def __init__(
+        self,
+        num_codes: int = 32,
+        use_se_loss: bool = True,
+        add_lateral: bool = False,
+        loss_se_decode: Config = SE_LOSS,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_transform="multiple_select", **kwargs)
+        self.use_se_loss, self.add_lateral, self.num_codes = use_se_loss, add_lateral, num_codes
+        self.loss_se_decode = loss_se_decode
+        *others, last = self.in_channels
+        self.bottleneck = self._conv(last, self.channels, 3)
+        if add_lateral:
+            self.lateral_convs = nn.ModuleList([self._conv(c, self.channels, 1) for c in others])
+            self.fusion = self._conv(len(self.in_channels) * self.channels, self.channels, 3)
+        self.enc_module = EncModule(
+            self.channels,
+            num_codes,
+            self.conv_cfg,
+            self.norm_cfg,
+            self.act_cfg,
+            backend=self.backend,
+        )
+        if use_se_loss:
+            self.se_layer = nn.Linear(self.channels, self.num_classes)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        *others, last = self._transform_inputs(inputs)
+        feat = self.bottleneck(last)
+        if self.add_lateral:
+            laterals = [
+                F.interpolate(
+                    conv(x), feat.shape[-2:], mode="bilinear", align_corners=self.align_corners
+                )
+                for conv, x in zip(self.lateral_convs, others, strict=True)
+            ]
+            feat = self.fusion(torch.cat([feat, *laterals], 1))
+        encoded, feat = self.enc_module(feat)
+        logits = self.cls_seg(feat)
+        return (logits, self.se_layer(encoded)) if self.use_se_loss else logits
+
+
+def _along_a_line(norm_cfg: Config) -> Config:
+    """The configuration of the norm for [B, K, C] that belongs to one for maps."""
+    kind = norm_cfg["type"]
+    if kind in ("BN", "IN"):
+        kind += "1d"
+    elif isinstance(kind, str):
+        kind = kind.replace("2d", "1d")
+    return {**norm_cfg, "type": kind}
 
 
 def _context(head: Any, inputs: Sequence[Tensor]) -> Tensor:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from segkernels.networks.deeplabv3plus import deeplabv3plus
+from segkernels.networks.encnet import encnet
+from segkernels.networks.gcunet import gcunet
+from segkernels.networks.segmenter import Logits as Logits
 from segkernels.networks.segmenter import Segmenter as Segmenter
 
-NETWORKS = {"deeplabv3plus": deeplabv3plus}
+NETWORKS: dict[str, Callable[..., Segmenter]] = {
+    "deeplabv3plus": deeplabv3plus,
+    "encnet": encnet,
+    "gcunet": gcunet,
+}
 
 
 def build(name: str, num_classes: int, **options: Any) -> Segmenter:

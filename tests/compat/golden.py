@@ -9,6 +9,7 @@ it exists, the full folder beside the checkout.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import lzma
 import zlib
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
+
+from tests.compat.compositions import COMPOSITIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "tests" / "golden"
@@ -46,11 +49,14 @@ PACKAGES = {
     "open-mmlab/mmsegmentation": "mmseg",
     "pytorch/vision": "torchvision",
     "qubvel-org/segmentation_models.pytorch": "smp",
+    "vidit98/graphconv": "graphconv",
     "wkentaro/pytorch-fcn": "torchfcn",
     "xmu-xiaoma666/External-Attention-pytorch": "double_attention",
     "zhanghang1989/PyTorch-Encoding": "encoding",
 }
 CONVERTED = "convert_to_separable_conv"
+# An argument that the manifest describes in words.
+WORDS = {"batch norm over dim 1 of 3-D or 4-D input": nn.BatchNorm2d}
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -64,12 +70,13 @@ def our_class(case: dict[str, Any]) -> Any | None:
     """The class of segkernels.compat for a case (or schema), or None where there is none yet.
 
     ``package.module.Class`` is ``compat.<package>.Class``, or ``compat.<package>.module.Class``
-    where a package has several of that name.
+    where a package has several of that name; of several classes, the chain in
+    :mod:`tests.compat.compositions`.
     """
     name = case["class"].removesuffix(")").split("(")[-1].rsplit(".", 2)
     package = PACKAGES.get(case["repository"])
     if package is None or "{" in case["class"]:
-        return None
+        return COMPOSITIONS.get(case["class"])
     for path in (
         f"segkernels.compat.{package}",
         f"segkernels.compat.{package}.{name[-2] if len(name) > 1 else ''}",
@@ -88,12 +95,20 @@ def construct(case: dict[str, Any], **options: Any) -> nn.Module:
     found = our_class(case)
     assert found is not None
     arguments = {name: _resolve(value) for name, value in case["ctor"].items()}
+    if not _takes_backend(found):
+        options.pop("backend", None)
     with torch.device("meta"):
         module = found(**arguments, **options)
         if CONVERTED in case["class"] + case.get("modified", ""):
             convert = getattr(importlib.import_module(found.__module__), CONVERTED)
             module = convert(module, **options)
     return module
+
+
+def _takes_backend(found: Any) -> bool:
+    """Whether there is an operator in the class (or may be in what it passes keywords on to)."""
+    parameters = inspect.signature(found).parameters.values()
+    return any(p.name == "backend" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def narrow(module: nn.Module, shapes: dict[str, torch.Size]) -> None:
@@ -170,6 +185,8 @@ def _formula(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _resolve(value: Any) -> Any:
+    if isinstance(value, str) and value in WORDS:
+        return WORDS[value]
     if isinstance(value, str) and value.startswith("torch.nn."):
         return getattr(nn, value.rpartition(".")[2])
     if isinstance(value, list) and len(value) == 2:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkernels.compat import encoding, jfzhang, mmcv, mmseg, smp, torchvision, vainf
+from segkernels.compat import encoding, jfzhang, mgl, mmcv, mmseg, smp, torchvision, vainf
 from segkernels.compat.deeplab_pytorch import deeplabv2, deeplabv3
 from segkernels.nn import chain
 
@@ -84,6 +84,15 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"padding_mode is .*replicate\n.*'reflection'",
     ),
+    "mmseg transform": (
+        lambda: mmseg.ASPPHead(
+            in_channels=4, channels=4, num_classes=2, input_transform="multiple_select"
+        ),
+        ValueError,
+        r"input_transform is None or 'resize_concat'.*\n.*'multiple_select'",
+    ),
+    "mgl loops": (lambda: mgl.CascadeGCNet(4, 4), ValueError, r"loop is 1, 2 or 3\n.*4"),
+    "encoding codes": (lambda: encoding.Encoding(4, 0), ValueError, "codes must be a positive int"),
     "mmcv depthwise norm": (
         lambda: mmcv.DepthwiseSeparableConvModule(4, 4, 3, dw_norm_cfg="BN"),
         TypeError,

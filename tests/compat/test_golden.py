@@ -46,24 +46,17 @@ def _cases() -> list[Any]:
     return found
 
 
-@pytest.fixture(params=["reference", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
-    x = torch.ones(1, 1, 1, 1)
-    try:
-        segkernels.depthwise_conv2d(x, x, backend=request.param)
-        segkernels.separable_conv2d(x, x, x, backend=request.param)
-    except segkernels.BackendUnavailableError as error:
-        pytest.skip(str(error).splitlines()[0])
-    return request.param
-
-
+@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(("folder", "case"), _cases())
 def test_case(folder: Path, case: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     tensors = load_tensors(folder, case)
     module = _module(case, tensors, dtype, backend)
     inputs = [_input(case, name, tensors[name], dtype) for name in _numbered(tensors, "input")]
-    outputs = _flat(_call(case["call"], module, inputs))
+    try:
+        outputs = _flat(_call(case["call"], module, inputs))
+    except segkernels.BackendUnavailableError as error:
+        pytest.skip(str(error).splitlines()[0])
     cotangents = {
         i: tensors[f"cotangent.{i}"].to(dtype)
         for i in range(len(outputs))
@@ -75,7 +68,8 @@ def test_case(folder: Path, case: dict[str, Any], dtype: torch.dtype, backend: s
     got |= {f"grad_input.{i}": x.grad for i, x in enumerate(inputs)}
     got |= {f"grad_param.{key}": p.grad for key, p in module.named_parameters()}
     got |= {f"buffer_after.{key}": b for key, b in module.named_buffers()}
-    for name in case.get("grad_absent", []):
+    # what is withheld is no number to compare with: the published one is known to be wrong
+    for name in set(case.get("grad_absent", [])) - set(case.get("grad_withheld", [])):
         assert got[name] is None or not got[name].any(), f"{name} should be absent or zero"
     _compare(case, tensors, got, dtype)
 
@@ -174,7 +168,8 @@ def _call(text: str, module: nn.Module, inputs: list[Tensor]) -> Any:
         text,
     )
     text = re.sub(r"input\.(\d+)", r"inputs[\1]", text)
-    return eval(text, {"__builtins__": {}}, {"module": module, "inputs": inputs})
+    names = {"module": module, "composition": module, "inputs": inputs}
+    return eval(text, {"__builtins__": {}}, names)
 
 
 def _flat(value: Any) -> list[Tensor]:

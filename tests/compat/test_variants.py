@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkernels.compat import jfzhang, mmcv, mmseg, vainf
+from segkernels.compat import encoding, jfzhang, mgl, mmcv, mmseg, vainf
 from segkernels.compat.deeplab_pytorch import deeplabv2, deeplabv3
 from segkernels.compat.mmcv import ConvModule, DepthwiseSeparableConvModule
 
@@ -161,6 +161,61 @@ def test_mmseg_heads_in_parts() -> None:
     assert feature.shape == (2, 4, 9, 7)
     torch.testing.assert_close(head.cls_seg(feature), head.conv_seg(feature))
     torch.testing.assert_close(head(inputs), head.conv_seg(feature))
+
+
+@pytest.mark.parametrize(
+    ("norm_cfg", "kinds"),
+    [
+        (BN, [mmseg.Encoding, nn.BatchNorm1d, nn.ReLU]),
+        ({"type": "BN2d"}, [mmseg.Encoding, nn.BatchNorm1d, nn.ReLU]),
+        ({"type": "SyncBN"}, [mmseg.Encoding, nn.SyncBatchNorm, nn.ReLU]),
+        ({"type": "GN", "num_groups": 1}, [mmseg.Encoding, nn.GroupNorm, nn.ReLU]),
+        (None, [mmseg.Encoding, nn.ReLU]),
+    ],
+    ids=str,
+)
+def test_mmseg_norm_of_the_encoding(norm_cfg: Any, kinds: list[type]) -> None:
+    """The one for lines, [B, K, C], that belongs to the norm for maps."""
+    module = mmseg.EncModule(4, 3, None, norm_cfg, None)
+    assert [type(part) for part in module.encoding] == kinds
+
+
+def test_mmseg_enc_head_in_parts() -> None:
+    sizes = {"in_channels": (3, 5), "in_index": (0, 2), "channels": 4, "num_classes": 6}
+    options = {"num_codes": 2, "use_se_loss": False, "add_lateral": True, "dropout_ratio": 0.0}
+    head = mmseg.EncHead(**options, **sizes).double()
+    inputs = [_map(2, 3, 9, 7), _map(2, 1, 1, 1), _map(2, 5, 5, 4)]
+    chosen = head._transform_inputs(inputs)
+    assert chosen[0] is inputs[0] and chosen[1] is inputs[2] and head.in_channels == (3, 5)
+    feature = head.bottleneck(inputs[2])
+    lateral = F.interpolate(head.lateral_convs[0](inputs[0]), (5, 4), mode="bilinear")
+    feature = head.fusion(torch.cat([feature, lateral], 1))
+    encoded, weighted = head.enc_module(feature)
+    gain = head.enc_module.fc(encoded)[:, :, None, None]
+    torch.testing.assert_close(weighted, (feature + feature * gain).relu())
+    torch.testing.assert_close(head(inputs), head.conv_seg(weighted))
+    with pytest.raises(ValueError, match="input_transform is 'multiple_select' for this head"):
+        mmseg.BaseDecodeHead.__init__(head, **sizes)
+
+
+def test_encoding_module_without_and_with_presence() -> None:
+    one = encoding.EncModule(4, 6, ncodes=3, se_loss=False).double().eval()
+    two = encoding.EncModule(4, 6, ncodes=3).double().eval()
+    one.load_state_dict({k: t for k, t in two.state_dict().items() if "selayer" not in k})
+    x = _map(2, 4, 9, 7)
+    (y,), (z, presence) = one(x), two(x)
+    torch.testing.assert_close(y, z)
+    v = two.encoding[3](two.encoding[:3](x))  # [B, K, C]
+    v = two.encoding[4](v[..., None])[..., 0].relu().mean(1)
+    torch.testing.assert_close(presence, two.selayer(v))
+    torch.testing.assert_close(y, (x + x * two.fc(v)[:, :, None, None]).relu())
+
+
+def test_mgl_sixteen_bits_stay_sixteen() -> None:
+    x = _map(2, 4, 5, 3).bfloat16()
+    nodes, assignment = mgl.GraphNet(3, 4).bfloat16()(x)
+    assert nodes.dtype == assignment.dtype == torch.bfloat16
+    assert (nodes.shape, assignment.shape) == ((2, 4, 3), (2, 3, 15))
 
 
 BAD_INPUTS: dict[str, dict[str, Any]] = {

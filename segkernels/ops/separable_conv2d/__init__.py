@@ -106,16 +106,17 @@ def separable_conv2d(
     describe no computation and BackendUnavailableError when the backend asked for cannot run.
     """
     op = "separable_conv2d"
+    wide = {
+        "inner_scale": inner_scale,
+        "inner_shift": inner_shift,
+        "outer_scale": outer_scale,
+        "outer_shift": outer_shift,
+        "depthwise_bias": depthwise_bias,
+        "pointwise_bias": pointwise_bias,
+    }
     fused.check_tensors(
         op,
-        {
-            "inner_scale": inner_scale,
-            "inner_shift": inner_shift,
-            "outer_scale": outer_scale,
-            "outer_shift": outer_shift,
-            "depthwise_bias": depthwise_bias,
-            "pointwise_bias": pointwise_bias,
-        },
+        {name: t for name, t in wide.items() if t is not None},
         x=x,
         depthwise_weight=depthwise_weight,
         pointwise_weight=pointwise_weight,
