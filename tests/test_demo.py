@@ -71,7 +71,7 @@ def test_it_learns(found: dict[str, Any]) -> None:
 def test_it_checks(found: dict[str, Any]) -> None:
     assert found["ok"] and not found["failures"]
     names = [check["name"] for check in found["checks"]]
-    assert len(names) == 3 and "the trained network" in names
+    assert len(names) == 5 and "the trained network" in names
     assert all(check["holds"] for check in found["checks"])
 
 

@@ -156,7 +156,7 @@ def _train(found: report.Report, options: argparse.Namespace, device: str) -> to
     model = network.build(options.seed, options.backend).to(device)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     what = f"{plan.scenes} scenes of {SIZE}x{SIZE}, {len(scenes.CLASSES)} classes"
-    print(f"DeepLabv3+, {size:.2f} M parameters; {what}")
+    print(f"DeepLabv3+ with graphs, {size:.2f} M parameters; {what}")
 
     def measured() -> Scores:
         return scores(evaluate(model, images, held_out.labels, len(scenes.CLASSES)))

@@ -11,13 +11,15 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from segkernels.nn import DepthwiseConv2d, SeparableConv2d
+from segkernels.nn import GCU, DepthwiseConv2d, Encoding, SeparableConv2d
 from segkernels.timing import interleave, memory_of
 from segkernels.tolerance import verdict
 
 FUSED, EAGER, LAST, COMPILED = "fused", "eager", "channels_last", "compiled"
 RATE = 12
+NODES = 32
 CLEAR = 2e-6  # far above the rounding of a float32 near 1, seldom hit by 70 000 of them
 
 
@@ -64,15 +66,21 @@ class Times:
 
 
 def contests(device: str, backend: str | None, small: bool) -> list[Contest]:
-    """Depthwise and separable 3x3 at rate 12, on the map of a DeepLab head or on a small one."""
+    """Depthwise and separable 3x3 at rate 12, graph convolution and encoding with 32 nodes, on the
+    map of a DeepLab head or on a small one."""
     channels, side = (64, 33) if small else (256, 65)
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
-    for kind, build in (("depthwise", _depthwise), ("separable", _separable)):
+    for name, build in (
+        (f"depthwise 3x3 rate {RATE}", _depthwise),
+        (f"separable 3x3 rate {RATE}", _separable),
+        (f"GCU, {NODES} nodes", _gcu),
+        (f"Encoding, {NODES} codewords", _encoding),
+    ):
         ours, plain = (m.to(device) for m in build(channels, backend))
         plain.load_state_dict(ours.state_dict())
         for backward in (False, True):
-            rows.append(Contest(f"{kind} 3x3 rate {RATE}", ours, plain, x, backward))
+            rows.append(Contest(name, ours, plain, x, backward))
     return rows
 
 
@@ -95,6 +103,57 @@ def _separable(channels: int, backend: str | None) -> tuple[nn.Module, nn.Module
         outer_activation=nn.ReLU(),
     )
     return SeparableConv2d(channels, channels, dilation=RATE, backend=backend), nn.Sequential(plain)
+
+
+def _gcu(channels: int, backend: str | None) -> tuple[nn.Module, nn.Module]:
+    """The twin differs where pixels meet nodes."""
+    ours = GCU(channels, channels, (NODES,), merge="add", backend=backend)
+    plain = copy.deepcopy(ours)
+    (unit,) = plain.units
+    unit.project, plain.reproject = PlainProjection(unit.project), PlainReprojection()
+    return ours, plain
+
+
+def _encoding(channels: int, backend: str | None) -> tuple[nn.Module, nn.Module]:
+    ours = Encoding(channels, NODES, backend=backend)
+    return ours, PlainEncoding(ours)
+
+
+class PlainProjection(nn.Module):
+    """Of a GCU, with the square multiplied out."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        self.anchor, self.sigma = (nn.Parameter(p.detach().clone()) for p in like.parameters())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        t, w, s = x.flatten(2).mT, self.anchor, self.sigma.sigmoid()  # [B, N, C], [K, C]
+        g = s**-2
+        scores = t @ (w * g).T - t.square() @ (g / 2).T - (w.square() * g).sum(1) / 2
+        q = scores.softmax(2)  # [B, N, K]
+        mass = q.sum(1)[..., None]
+        z = (q.mT @ t - mass * w) / s / (mass + 1e-9)
+        return F.normalize(z, dim=2), q.mT.unflatten(2, x.shape[2:])
+
+
+class PlainReprojection(nn.Module):
+    def forward(self, nodes: Tensor, assignment: Tensor, residual: Tensor) -> Tensor:
+        y = torch.baddbmm(residual.flatten(2).mT, assignment.flatten(2).mT, nodes)
+        return y.mT.unflatten(2, assignment.shape[2:])
+
+
+class PlainEncoding(nn.Module):
+    """Of EncNet, with the square multiplied out."""
+
+    def __init__(self, like: Encoding) -> None:
+        super().__init__()
+        self.codewords, self.scale = (nn.Parameter(p.detach().clone()) for p in like.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        t, c = x.flatten(2).mT, self.codewords  # [B, N, C], [K, C]
+        squares = t.square().sum(2, keepdim=True) - 2 * t @ c.T + c.square().sum(1)
+        q = (self.scale * squares).softmax(2)  # [B, N, K]
+        return q.mT @ t - q.sum(1)[..., None] * c
 
 
 def check(contest: Contest) -> Check:

@@ -1,32 +1,51 @@
-"""The demo's network: a DeepLabv3+ small enough for two cores and forty seconds."""
+"""The demo's network, small enough for two cores and forty seconds: a DeepLabv3+ whose ASPP sees
+the deep features together with what two graphs over them say.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from segkernels import networks
 from segkernels.data.scenes import CLASSES
 from segkernels.demo.contest import Check
+from segkernels.networks import Segmenter
+from segkernels.networks.backbones import build_backbone
+from segkernels.nn import GCU, DeepLabV3PlusHead
 from segkernels.tolerance import verdict
 
 LONGEST_SUM = 9 * 128  # of the convolutions of the last stage: 3x3 over 128 channels
 
 
+class Head(nn.Module):
+    """Graphs over the deep features, then the decoder of DeepLabv3+."""
+
+    def __init__(self, gcu: GCU, decode: DeepLabV3PlusHead) -> None:
+        super().__init__()
+        self.gcu = gcu
+        self.decode = decode
+
+    def forward(self, low_level: Tensor, deep: Tensor) -> Tensor:
+        logits: Tensor = self.decode(low_level, self.gcu(deep))
+        return logits
+
+
 def build(seed: int, backend: str | None) -> nn.Module:
     """Images [B, 3, H, W] to logits [B, K, H, W]; the ASPP's rates fit the 4x4 map of a scene."""
     torch.manual_seed(seed)
-    model = networks.build(
-        "deeplabv3plus",
-        num_classes=len(CLASSES),
-        backbone="resnet18",
-        width=16,
-        output_stride=16,
+    trunk = build_backbone("resnet18", output_stride=16, width=16, backend=backend)
+    gcu = GCU(trunk.channels, 32, nodes=(2, 4), norm=nn.BatchNorm2d, backend=backend)
+    decode = DeepLabV3PlusHead(
+        gcu.out_channels,
+        trunk.low_level_channels,
+        len(CLASSES),
         channels=64,
         low_level_width=24,
         rates=(1, 2, 3),
+        dropout=0.1,
         backend=backend,
     )
+    model = Segmenter(trunk, Head(gcu, decode))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
