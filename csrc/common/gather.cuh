@@ -24,7 +24,7 @@ struct GatherStage {
 
 // sums[group][split][SQUARES: 2, else 1][K][C]: of a x̃ and of a x̃²; masses[group][split][K]. centre null: 0.
 template <class T, int NJ, bool SQUARES>
-__global__ void __launch_bounds__(GatherStage<T, NJ>::THREADS)
+__global__ void __launch_bounds__(GatherStage<T, NJ>::THREADS, 1)
     node_gather_kernel(PixelMap<const acc_t<T>> a, PixelMap<const T> x, const acc_t<T>* __restrict__ centre,
                        acc_t<T>* __restrict__ sums, acc_t<T>* __restrict__ masses, GatherShape shape) {
   using A = acc_t<T>;
@@ -66,20 +66,21 @@ __global__ void __launch_bounds__(GatherStage<T, NJ>::THREADS)
   NodeProduct<T, NJ> product, squares;
   A mass = 0;
   locate(0);
-  locate(1);
-  __syncthreads();
-  fetch(0);
-  for (int s = 0; s < stages; ++s) {
+  for (int s = -1; s < stages; ++s) {
     __syncthreads();  // the stage before has been used
-    xs.put(stage.x, by_channel);
-    as.put(stage.a, by_node);
-    if constexpr (SQUARES) xs.put_squares(stage.square, by_channel);
-    __syncthreads();
+    if (s >= 0) {
+      xs.put(stage.x, by_channel);
+      as.put(stage.a, by_node);
+      if constexpr (SQUARES) xs.put_squares(stage.square, by_channel);
+      __syncthreads();
+    }
     if (s + 1 < stages) fetch(s + 1);
     locate(s + 2);
+    if (s < 0) continue;
     product.multiply(stage.x + m_warp, stage.a);
     if constexpr (SQUARES) squares.multiply(stage.square + m_warp, stage.a);
     if (channel_tile == 0 && threadIdx.x < Stage::NODES)
+#pragma unroll 1
       for (int k = 0; k < DEPTH<A>; ++k) mass += stage.a[threadIdx.x][k];
   }
   if (channel_tile == 0 && threadIdx.x < Stage::NODES && n0 + int(threadIdx.x) < K)

@@ -87,7 +87,7 @@ __device__ inline void gradient_row(A* row, const A* q, const A* bias, int nodes
 
 // shape.tiles blocks an image
 template <class T, Score SCORE, int NJ, int NODE_WARPS>
-__global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS)
+__global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS, 1)
     node_scores_kernel(PixelMap<const T> x, ScoreNodes<T, SCORE> nodes, ScoreMaps<acc_t<T>> maps,
                        NodeShape shape, int tiles) {
   using A = acc_t<T>;
@@ -128,21 +128,19 @@ __global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS)
   };
   const int warp = threadIdx.x / WARP, n_warp = warp % NODE_WARPS * 8 * NJ, m_warp = warp / NODE_WARPS * 16;
   NodeProduct<T, NJ> product;
-  fetch(0);
-  for (int c0 = 0; c0 < C; c0 += DEPTH<A>) {
-    __syncthreads();  // the stage before has been used
-    pixels.put(stage.operands.x, by_pixel);
-    p.put(stage.operands.p, false);
-    if constexpr (SQUARES) {
-      pixels.put_squares(stage.operands.square, by_pixel);
-      r.put(stage.operands.r, false);
+  auto& tile = stage.operands;
+  for (int c0 = -DEPTH<A>; c0 < C; c0 += DEPTH<A>) {
+    if (c0 >= 0) {
+      __syncthreads();  // the stage before has been used
+      pixels.put(tile.x, by_pixel);
+      p.put(tile.p, false);
+      if constexpr (SQUARES) pixels.put_squares(tile.square, by_pixel), r.put(tile.r, false);
+      __syncthreads();
     }
-    __syncthreads();
     if (c0 + DEPTH<A> < C) fetch(c0 + DEPTH<A>);
-    if (n_warp < K) {
-      product.multiply(stage.operands.x + m_warp, stage.operands.p + n_warp);
-      if constexpr (SQUARES) product.multiply(stage.operands.square + m_warp, stage.operands.r + n_warp);
-    }
+    if (c0 < 0 || n_warp >= K) continue;
+    product.multiply(tile.x + m_warp, tile.p + n_warp);
+    if constexpr (SQUARES) product.multiply(tile.square + m_warp, tile.r + n_warp);
   }
   __syncthreads();  // the stages make room for the scores
   auto& rows = stage.rows;
@@ -157,9 +155,8 @@ __global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS)
     for (int m = threadIdx.x; m < count; m += THREADS)
       stage.offset[m] = map.offset(image, first + m, shape.columns);
     __syncthreads();
-    for_each<PIXELS, THREADS>(!map.channels_are_dense(), count, K, [&](int m, int k) {
-      f(m, k, stage.offset[m] + k * map.strides.c);
-    });
+    for_each<PIXELS, THREADS>(!map.channels_are_dense(), count, K,
+                              [&](int m, int k) { f(m, k, stage.offset[m] + k * map.strides.c); });
   };
   if constexpr (SCORE == Score::gradient) {
     over_tile(maps.q, [&](int m, int k, int64_t at) { rows.q[m][k] = maps.q.at[at]; });

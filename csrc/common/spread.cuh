@@ -46,7 +46,7 @@ struct SpreadStage {
 
 // A block owns 64 pixels × 8·NJ channels and walks over the nodes; the tiles of an image are pixels' first.
 template <class T, Spread SPREAD>
-__global__ void __launch_bounds__(SpreadStage<T, SPREAD>::THREADS)
+__global__ void __launch_bounds__(SpreadStage<T, SPREAD>::THREADS, 1)
     node_spread_kernel(SpreadNodes<T, SPREAD> nodes, SpreadMaps<T> maps, NodeShape shape, int pixel_tiles,
                        int channel_tiles) {
   using A = acc_t<T>;
@@ -88,15 +88,17 @@ __global__ void __launch_bounds__(SpreadStage<T, SPREAD>::THREADS)
   };
   const int m_warp = threadIdx.x / WARP * 16;
   NodeProduct<T, Stage::NJ> sum, slope;
-  fetch(0);
-  for (int k0 = 0; k0 < K; k0 += DEPTH<A>) {
-    __syncthreads();  // the stage before has been used
-    auto& tile = stage.operands;
-    q.put(tile.q, by_pixel);
-    z.put(tile.z, true);
-    if constexpr (GRADIENT) dl.put(tile.dl, by_pixel), p.put(tile.p, true), r.put(tile.r, true);
-    __syncthreads();
+  auto& tile = stage.operands;
+  for (int k0 = -DEPTH<A>; k0 < K; k0 += DEPTH<A>) {
+    if (k0 >= 0) {
+      __syncthreads();  // the stage before has been used
+      q.put(tile.q, by_pixel);
+      z.put(tile.z, true);
+      if constexpr (GRADIENT) dl.put(tile.dl, by_pixel), p.put(tile.p, true), r.put(tile.r, true);
+      __syncthreads();
+    }
     if (k0 + DEPTH<A> < K) fetch(k0 + DEPTH<A>);
+    if (k0 < 0) continue;
     sum.multiply(tile.q + m_warp, tile.z);
     if constexpr (GRADIENT) {
       sum.multiply(tile.dl + m_warp, tile.p);

@@ -9,9 +9,9 @@ namespace segkernels::cuda {
 namespace {
 
 void check(const Tensor& x, const Tensor& c, const Tensor& s) {
-  STD_TORCH_CHECK(x.dim() == 4 && c.dim() == 2 && c.size(1) == x.size(1) && s.dim() == 1 &&
-                      s.size(0) == c.size(0),
-                  "segkernels: x [B, C, H, W], c [K, C] and s [K] do not fit");
+  STD_TORCH_CHECK(
+      x.dim() == 4 && c.dim() == 2 && c.size(1) == x.size(1) && s.dim() == 1 && s.size(0) == c.size(0),
+      "segkernels: x [B, C, H, W], c [K, C] and s [K] do not fit");
   for (const Tensor* t : {&c, &s})
     STD_TORCH_CHECK(t->scalar_type() == acc_type(x.scalar_type()),
                     "segkernels: c and s must be of the accumulation type");

@@ -8,7 +8,7 @@ namespace segkernels::cuda {
 
 // p = −2 s c̃, r = s − s₀, b = s ‖c̃‖²; s₀: the scale nearest to zero where all have one sign, else zero
 template <class A>
-__global__ void __launch_bounds__(COEFFICIENT_THREADS)
+__global__ void __launch_bounds__(COEFFICIENT_THREADS, 1)
     encode_coefficients_kernel(const A* __restrict__ c, const A* __restrict__ s, int nodes, int channels,
                                Coefficients<A> out) {
   double least = s[0], most = s[0];
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(COEFFICIENT_THREADS)
 
 // One block per (image, codeword): e = Σ q x̃ − m c̃ and m.
 template <class T>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
     encode_residuals_kernel(const acc_t<T>* __restrict__ sums, const acc_t<T>* __restrict__ masses,
                             int splits, const acc_t<T>* __restrict__ c, const acc_t<T>* __restrict__ centre,
                             int nodes, int channels, T* __restrict__ e, acc_t<T>* __restrict__ m) {
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(BLOCK)
 
 // One block per (image, codeword): h = de and t = −⟨de, c̃⟩.
 template <class T>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
     encode_cotangents_kernel(const T* __restrict__ de, const acc_t<T>* __restrict__ c,
                              const acc_t<T>* __restrict__ centre, int nodes, int channels,
                              acc_t<T>* __restrict__ h, acc_t<T>* __restrict__ t) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(BLOCK)
 // One block per codeword: dc = Σ −m de − 2 s (a₁ − c̃ a₀), ds = Σ_c a₂ − 2 c̃ a₁ + c̃² a₀; either may be
 // absent. sums and masses as in soft_assign's.
 template <class A>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
     encode_finish_kernel(const A* __restrict__ sums, const A* __restrict__ masses, int splits,
                          const A* __restrict__ c, const A* __restrict__ s, const A* __restrict__ centre,
                          const A* __restrict__ h, const A* __restrict__ m, int64_t images, int nodes,

@@ -169,7 +169,8 @@ Tensor features_gradient(const Queue& queue, const Tensor& x, const ScoreCoeffic
     using T = decltype(storage);
     using A = acc_t<T>;
     spread<T, Spread::gradient>(
-        queue, {const_data<A>(h), const_data<A>(nodes.p), const_data<A>(nodes.r), const_data<A>(nodes.centre)},
+        queue,
+        {const_data<A>(h), const_data<A>(nodes.p), const_data<A>(nodes.r), const_data<A>(nodes.centre)},
         {pixel_map<const A>(q), pixel_map<const A>(dl), pixel_map<const T>(x), pixel_map<T>(dx)}, dx,
         h.size(1));
   });

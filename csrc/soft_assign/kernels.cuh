@@ -8,7 +8,7 @@ namespace segkernels::cuda {
 
 // p = w̃ / s², r = −½ (1/s² − min_k 1/s²), b = −½ Σ_c w̃² / s²
 template <class A>
-__global__ void __launch_bounds__(COEFFICIENT_THREADS)
+__global__ void __launch_bounds__(COEFFICIENT_THREADS, 1)
     soft_assign_coefficients_kernel(const A* __restrict__ w, const A* __restrict__ s, int nodes, int channels,
                                     Coefficients<A> out) {
   const int c = blockIdx.x * WARP + threadIdx.x % WARP;
@@ -35,7 +35,7 @@ constexpr double SHORTEST = 1e-12;  // a node's length is taken for no less
 
 // One block per (image, node): the residual sums e = Σ q x̃ − m w̃ and the nodes z made of them.
 template <class T>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
     soft_assign_nodes_kernel(const acc_t<T>* __restrict__ sums, const acc_t<T>* __restrict__ masses,
                              int splits, const acc_t<T>* __restrict__ w, const acc_t<T>* __restrict__ s,
                              const acc_t<T>* __restrict__ centre, int nodes, int channels,
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(BLOCK)
 
 // One block per (image, node): h and t with g = ⟨h, x̃⟩ + t + dq, from dz; dz null: zeros.
 template <class T>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
     soft_assign_cotangents_kernel(const T* __restrict__ dz, const acc_t<T>* __restrict__ w,
                                   const acc_t<T>* __restrict__ s, const acc_t<T>* __restrict__ centre,
                                   const acc_t<T>* __restrict__ e, const acc_t<T>* __restrict__ m, int nodes,
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(BLOCK)
 // One thread per (node, channel): dw = Σ −m h + (a₁ − w̃ a₀)/s², ds = Σ −h e/s + (a₂ − 2 w̃ a₁ + w̃² a₀)/s³;
 // either may be absent. sums [splits][2][K][C] of dl x̃ and dl x̃², masses [splits][K] of dl.
 template <class A>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
     soft_assign_finish_kernel(const A* __restrict__ sums, const A* __restrict__ masses, int splits,
                               const A* __restrict__ w, const A* __restrict__ s, const A* __restrict__ centre,
                               const A* __restrict__ h, const A* __restrict__ e, const A* __restrict__ m,
