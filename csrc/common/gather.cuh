@@ -18,7 +18,7 @@ template <class T, int NJ>
 struct GatherStage {
   using A = acc_t<T>;
   static constexpr int WARPS = 4, THREADS = WARPS * WARP, CHANNELS = WARPS * 16, NODES = 8 * NJ;
-  A x[CHANNELS][PITCH<A>], square[CHANNELS][PITCH<A>], a[NODES][PITCH<A>];
+  OperandRow<T> x[CHANNELS], square[CHANNELS], a[NODES];
   int64_t offset_x[2][DEPTH<A>], offset_a[2][DEPTH<A>];  // of the pixels of two stages; −1 beyond the last
 };
 
@@ -47,20 +47,15 @@ __global__ void __launch_bounds__(GatherStage<T, NJ>::THREADS, 1)
       stage.offset_a[s & 1][k] = i < end ? a.offset(image, pixel, shape.of.columns) : -1;
     }
   };
-  Operand<A, Stage::CHANNELS, THREADS> xs;
-  Operand<A, Stage::NODES, THREADS> as;
-  const bool by_channel = x.channels_are_dense(), by_node = a.channels_are_dense();
+  Operand<T, T, true, Stage::CHANNELS, THREADS> xs;
+  Operand<T, A, true, Stage::NODES, THREADS> as;
+  const Source<T> from_x = source_of(x, C);
+  const Source<A> from_a = source_of(a, K);
   const auto fetch = [&](int s) {
     const int64_t *at_x = stage.offset_x[s & 1], *at_a = stage.offset_a[s & 1];
-    xs.fetch(by_channel, [&](int m, int k) {
-      const int c = c0 + m;
-      if (c >= C || at_x[k] < 0) return A(0);
-      const A in = widen(x.at[at_x[k] + c * x.strides.c]);
-      return centre ? in - centre[c] : in;
-    });
-    as.fetch(by_node, [&](int n, int k) {
-      return n0 + n < K && at_a[k] >= 0 ? a.at[at_a[k] + (n0 + n) * a.strides.c] : A(0);
-    });
+    xs.fetch(
+        from_x, [&](int k) { return at_x[k]; }, c0, [&](A a, int c) { return centre ? a - centre[c] : a; });
+    as.fetch(from_a, [&](int k) { return at_a[k]; }, n0, [](A a, int) { return a; });
   };
   const int m_warp = threadIdx.x / WARP * 16, stages = int((end - from + DEPTH<A> - 1) / DEPTH<A>);
   NodeProduct<T, NJ> product, squares;
@@ -69,9 +64,9 @@ __global__ void __launch_bounds__(GatherStage<T, NJ>::THREADS, 1)
   for (int s = -1; s < stages; ++s) {
     __syncthreads();  // the stage before has been used
     if (s >= 0) {
-      xs.put(stage.x, by_channel);
-      as.put(stage.a, by_node);
-      if constexpr (SQUARES) xs.put_squares(stage.square, by_channel);
+      xs.put(from_x, stage.x);
+      as.put(from_a, stage.a);
+      if constexpr (SQUARES) xs.put(from_x, stage.square, [](A a) { return a * a; });
       __syncthreads();
     }
     if (s + 1 < stages) fetch(s + 1);
@@ -81,7 +76,7 @@ __global__ void __launch_bounds__(GatherStage<T, NJ>::THREADS, 1)
     if constexpr (SQUARES) squares.multiply(stage.square + m_warp, stage.a);
     if (channel_tile == 0 && threadIdx.x < Stage::NODES)
 #pragma unroll 1
-      for (int k = 0; k < DEPTH<A>; ++k) mass += stage.a[threadIdx.x][k];
+      for (int k = 0; k < DEPTH<A>; ++k) mass += stage.a[threadIdx.x].get(k);
   }
   if (channel_tile == 0 && threadIdx.x < Stage::NODES && n0 + int(threadIdx.x) < K)
     masses[part * K + n0 + threadIdx.x] = mass;

@@ -14,15 +14,15 @@ template <class D>
 struct Coefficient {
   D p, r, b;
 };
-constexpr int COEFFICIENT_THREADS = 256;
+constexpr int COEFFICIENT_THREADS = 256, COEFFICIENT_WARPS = COEFFICIENT_THREADS / WARP;
 
 // One block per 32 channels: about the mean node, (p, r, b) = of(k, c, w_kc − centre_c). The lanes of a warp
 // are channels, its nodes every eighth. Computed in double, whose rounding is lost in that of the results.
 template <class A, class F>
 __device__ inline void write_coefficients(const A* __restrict__ w, int nodes, int channels,
-                                          const Coefficients<A>& out, F of) {
-  constexpr int WARPS = COEFFICIENT_THREADS / WARP;
-  __shared__ double strand[WARPS][WARP];
+                                          const Coefficients<A>& out,
+                                          double (&strand)[COEFFICIENT_WARPS][WARP], F of) {
+  constexpr int WARPS = COEFFICIENT_WARPS;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, c = blockIdx.x * WARP + lane;
   const bool there = c < channels;
   double sum = 0;
@@ -47,14 +47,16 @@ __device__ inline void write_coefficients(const A* __restrict__ w, int nodes, in
   }
 }
 
-// The sum over the block of one value a thread, given to all threads.
-template <class D>
-__device__ inline D sum_of_block(D value) {
-  __shared__ D strand[BLOCK / WARP], total;
-  D values[1] = {value};
-  sum_over_columns(values, 1, strand, [&](int, int, D sum) { total = sum; });
-  return total;
-}
+// In shared memory: the sum over the block of one value a thread, given to all threads.
+struct BlockSum {
+  double strand[BLOCK / WARP], total;
+
+  __device__ double operator()(double value) {
+    double values[1] = {value};
+    sum_over_columns(values, 1, strand, [&](int, int, double sum) { total = sum; });
+    return total;
+  }
+};
 
 // The sum in order of `splits` values, `stride` apart.
 template <class A>

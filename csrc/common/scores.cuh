@@ -3,8 +3,6 @@
 // A block owns a tile of pixels and all K nodes, and walks over the channels in stages.
 #pragma once
 
-#include <type_traits>
-
 #include "common/node_product.cuh"
 
 namespace segkernels::cuda {
@@ -24,6 +22,7 @@ struct ScoreNodes {
   const acc_t<T>*r, *b, *centre;  // x̃ = x − centre
   int64_t p_stride, b_stride;
   int parts;
+  bool vectors;  // p and r can be read by 16 bytes
 };
 template <class A>
 struct ScoreMaps {
@@ -39,8 +38,7 @@ struct ScoreStage {
   static constexpr int WARPS = NODE_WARPS > 4 ? NODE_WARPS : 4, THREADS = WARPS * WARP;
   static constexpr int PIXELS = WARPS / NODE_WARPS * 16, NODES = NODE_WARPS * 8 * NJ;
   struct Operands {
-    A x[PIXELS][PITCH<A>], square[SQUARES ? PIXELS : 1][PITCH<A>];
-    A p[NODES][PITCH<A>], r[SQUARES ? NODES : 1][PITCH<A>];
+    OperandRow<T> x[PIXELS], square[SQUARES ? PIXELS : 1], p[NODES], r[SQUARES ? NODES : 1];
   };
   struct Rows {
     A score[PIXELS][NODES + 1], q[SCORE == Score::gradient ? PIXELS : 1][NODES + 1];
@@ -110,21 +108,21 @@ __global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS,
     }
   __syncthreads();
 
-  Operand<A, PIXELS, THREADS> pixels;
-  Operand<A, NODES, THREADS> p, r;
-  const bool by_pixel = !x.channels_are_dense();
+  using P = typename ScoreNodes<T, SCORE>::P;
+  Operand<T, T, false, PIXELS, THREADS> pixels;
+  Operand<T, P, false, NODES, THREADS> p;
+  Operand<T, A, false, NODES, THREADS> r;
+  const Source<T> from_x = source_of(x, C);
+  const Source<P> from_p = {nodes.p + image * nodes.p_stride, 1, C, nodes.vectors};
+  const Source<A> from_r = {nodes.r, 1, C, nodes.vectors};
   const auto fetch = [&](int c0) {
-    pixels.fetch(by_pixel, [&](int m, int k) {
-      const int c = c0 + k;
-      if (m >= count || c >= C) return A(0);
-      const A in = widen(x.at[stage.offset[m] + c * x.strides.c]);
-      return SCORE == Score::product ? in : in - nodes.centre[c];
-    });
-    const auto node = [&](const auto* of, int n, int k) {
-      return n < K && c0 + k < C ? A(widen(of[int64_t(n) * C + c0 + k])) : A(0);
-    };
-    p.fetch(false, [&](int n, int k) { return node(nodes.p + image * nodes.p_stride, n, k); });
-    if constexpr (SQUARES) r.fetch(false, [&](int n, int k) { return node(nodes.r, n, k); });
+    const auto pixel = [&](int m) { return m < count ? stage.offset[m] : -1; };
+    const auto node = [&](int n) { return n < K ? int64_t(n) * C : -1; };
+    const auto as_it_is = [](A a, int) { return a; };
+    pixels.fetch(from_x, pixel, c0,
+                 [&](A a, int c) { return SCORE == Score::product ? a : a - nodes.centre[c]; });
+    p.fetch(from_p, node, c0, as_it_is);
+    if constexpr (SQUARES) r.fetch(from_r, node, c0, as_it_is);
   };
   const int warp = threadIdx.x / WARP, n_warp = warp % NODE_WARPS * 8 * NJ, m_warp = warp / NODE_WARPS * 16;
   NodeProduct<T, NJ> product;
@@ -132,9 +130,12 @@ __global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS,
   for (int c0 = -DEPTH<A>; c0 < C; c0 += DEPTH<A>) {
     if (c0 >= 0) {
       __syncthreads();  // the stage before has been used
-      pixels.put(tile.x, by_pixel);
-      p.put(tile.p, false);
-      if constexpr (SQUARES) pixels.put_squares(tile.square, by_pixel), r.put(tile.r, false);
+      pixels.put(from_x, tile.x);
+      p.put(from_p, tile.p);
+      if constexpr (SQUARES) {
+        pixels.put(from_x, tile.square, [](A a) { return a * a; });
+        r.put(from_r, tile.r);
+      }
       __syncthreads();
     }
     if (c0 + DEPTH<A> < C) fetch(c0 + DEPTH<A>);

@@ -2,8 +2,6 @@
 // features.
 #pragma once
 
-#include <type_traits>
-
 #include "common/node_product.cuh"
 
 namespace segkernels::cuda {
@@ -19,6 +17,7 @@ struct SpreadNodes {
   using Z = std::conditional_t<SPREAD == Spread::gradient, acc_t<T>, T>;
   const Z* z;
   const acc_t<T>*p, *r, *centre;
+  bool vectors;  // z, p and r can be read by 16 bytes
 };
 template <class T>
 struct SpreadMaps {
@@ -34,8 +33,8 @@ struct SpreadStage {
   static constexpr int NJ = sizeof(T) == 8 ? 4 : 8;  // what the registers hold
   static constexpr int WARPS = 4, THREADS = WARPS * WARP, PIXELS = WARPS * 16, CHANNELS = 8 * NJ;
   struct Operands {
-    A q[PIXELS][PITCH<A>], dl[GRADIENT ? PIXELS : 1][PITCH<A>];
-    A z[CHANNELS][PITCH<A>], p[GRADIENT ? CHANNELS : 1][PITCH<A>], r[GRADIENT ? CHANNELS : 1][PITCH<A>];
+    OperandRow<T> q[PIXELS], dl[GRADIENT ? PIXELS : 1];
+    OperandRow<T> z[CHANNELS], p[GRADIENT ? CHANNELS : 1], r[GRADIENT ? CHANNELS : 1];
   };
   union {
     Operands operands;
@@ -68,22 +67,24 @@ __global__ void __launch_bounds__(SpreadStage<T, SPREAD>::THREADS, 1)
   }
   __syncthreads();
 
-  Operand<A, PIXELS, THREADS> q, dl;
-  Operand<A, CHANNELS, THREADS> z, p, r;
-  const bool by_pixel = !maps.q.channels_are_dense();
+  using Z = typename SpreadNodes<T, SPREAD>::Z;
+  Operand<T, A, false, PIXELS, THREADS> q, dl;
+  Operand<T, Z, true, CHANNELS, THREADS> z;
+  Operand<T, A, true, CHANNELS, THREADS> p, r;
+  const Source<A> from_q = source_of(maps.q, K), from_dl = source_of(maps.dl, K);
+  const Source<Z> from_z = {nodes.z + image * K * C, 1, C, nodes.vectors};
+  const Source<A> from_p = {nodes.p, 1, C, nodes.vectors}, from_r = {nodes.r, 1, C, nodes.vectors};
   const auto fetch = [&](int k0) {
-    const auto pixel = [&](const auto& map, const int64_t* offset, int m, int k) {
-      return m < count && k0 + k < K ? map.at[offset[m] + (k0 + k) * map.strides.c] : A(0);
-    };
-    const auto node = [&](const auto* of, int n, int k) {
-      return c0 + n < C && k0 + k < K ? A(widen(of[int64_t(k0 + k) * C + c0 + n])) : A(0);
-    };
-    q.fetch(by_pixel, [&](int m, int k) { return pixel(maps.q, stage.offset_q, m, k); });
-    z.fetch(true, [&](int n, int k) { return node(nodes.z + image * K * C, n, k); });
+    const auto in_q = [&](int m) { return m < count ? stage.offset_q[m] : -1; };
+    const auto in_dl = [&](int m) { return m < count ? stage.offset_dl[m] : -1; };
+    const auto node = [&](int k) { return k0 + k < K ? int64_t(k0 + k) * C : -1; };
+    const auto as_it_is = [](A a, int) { return a; };
+    q.fetch(from_q, in_q, k0, as_it_is);
+    z.fetch(from_z, node, c0, as_it_is);
     if constexpr (GRADIENT) {
-      dl.fetch(by_pixel, [&](int m, int k) { return pixel(maps.dl, stage.offset_dl, m, k); });
-      p.fetch(true, [&](int n, int k) { return node(nodes.p, n, k); });
-      r.fetch(true, [&](int n, int k) { return node(nodes.r, n, k); });
+      dl.fetch(from_dl, in_dl, k0, as_it_is);
+      p.fetch(from_p, node, c0, as_it_is);
+      r.fetch(from_r, node, c0, as_it_is);
     }
   };
   const int m_warp = threadIdx.x / WARP * 16;
@@ -92,9 +93,9 @@ __global__ void __launch_bounds__(SpreadStage<T, SPREAD>::THREADS, 1)
   for (int k0 = -DEPTH<A>; k0 < K; k0 += DEPTH<A>) {
     if (k0 >= 0) {
       __syncthreads();  // the stage before has been used
-      q.put(tile.q, by_pixel);
-      z.put(tile.z, true);
-      if constexpr (GRADIENT) dl.put(tile.dl, by_pixel), p.put(tile.p, true), r.put(tile.r, true);
+      q.put(from_q, tile.q);
+      z.put(from_z, tile.z);
+      if constexpr (GRADIENT) dl.put(from_dl, tile.dl), p.put(from_p, tile.p), r.put(from_r, tile.r);
       __syncthreads();
     }
     if (k0 + DEPTH<A> < K) fetch(k0 + DEPTH<A>);

@@ -11,10 +11,11 @@ template <class A>
 __global__ void __launch_bounds__(COEFFICIENT_THREADS, 1)
     encode_coefficients_kernel(const A* __restrict__ c, const A* __restrict__ s, int nodes, int channels,
                                Coefficients<A> out) {
+  __shared__ double strand[COEFFICIENT_WARPS][WARP];
   double least = s[0], most = s[0];
   for (int k = 1; k < nodes; ++k) least = min(least, double(s[k])), most = max(most, double(s[k]));
   const double shared = max(least, 0.0) + min(most, 0.0);
-  write_coefficients(c, nodes, channels, out, [&](int k, int, double c) {
+  write_coefficients(c, nodes, channels, out, strand, [&](int k, int, double c) {
     return Coefficient<double>{-2 * s[k] * c, s[k] - shared, s[k] * c * c};
   });
 }
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
     encode_cotangents_kernel(const T* __restrict__ de, const acc_t<T>* __restrict__ c,
                              const acc_t<T>* __restrict__ centre, int nodes, int channels,
                              acc_t<T>* __restrict__ h, acc_t<T>* __restrict__ t) {
+  __shared__ BlockSum sum_of;
   const int64_t row = blockIdx.x, node = row % nodes * channels;
   double shift = 0;
   for (int i = threadIdx.x; i < channels; i += BLOCK) {
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
     h[row * channels + i] = cotangent;
     shift -= cotangent * (double(c[node + i]) - centre[i]);
   }
-  shift = sum_of_block(shift);
+  shift = sum_of(shift);
   if (threadIdx.x == 0) t[row] = acc_t<T>(shift);
 }
 
@@ -61,6 +63,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
                          const A* __restrict__ c, const A* __restrict__ s, const A* __restrict__ centre,
                          const A* __restrict__ h, const A* __restrict__ m, int64_t images, int nodes,
                          int channels, A* __restrict__ dc, A* __restrict__ ds) {
+  __shared__ BlockSum sum_of;
   const int64_t size = int64_t(nodes) * channels;
   const int k = blockIdx.x;
   const double a0 = sum_of_parts(masses + k, splits, nodes);
@@ -75,7 +78,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
     for (int64_t b = 0; b < images; ++b) from_c -= double(m[b * nodes + k]) * h[b * size + node];
     if (dc) dc[node] = A(from_c);
   }
-  from_s = sum_of_block(from_s);
+  from_s = sum_of(from_s);
   if (ds && threadIdx.x == 0) ds[k] = A(from_s);
 }
 

@@ -13,10 +13,16 @@ namespace {
 
 template <class T>
 PixelMap<T> pixel_map(const Tensor& map) {
+  const bool vectors = vectorises(16 / int(sizeof(T)), map.size(1), {&map});
   if constexpr (std::is_const_v<T>)
-    return {const_data<std::remove_const_t<T>>(map), strides_of(map)};
+    return {const_data<std::remove_const_t<T>>(map), strides_of(map), vectors};
   else
-    return {mutable_data<T>(map), strides_of(map)};
+    return {mutable_data<T>(map), strides_of(map), vectors};
+}
+// Whether rows of nodes [.., C] can be read by 16 bytes.
+bool nodes_vectorise(const Tensor& nodes) {
+  const int64_t C = nodes.size(nodes.dim() - 1);
+  return C * nodes.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(nodes.const_data_ptr()) % 16 == 0;
 }
 template <class T>
 PixelMap<T> pixel_map(const MaybeTensor& map) {
@@ -112,10 +118,11 @@ Tensor assign(const Queue& queue, const Tensor& x, const ScoreCoefficients& node
   by_storage(x, [&](auto storage) {
     using T = decltype(storage);
     using A = acc_t<T>;
-    scores<T, Score::assignment>(queue, x,
-                                 {const_data<A>(nodes.p), const_data<A>(nodes.r), const_data<A>(nodes.b),
-                                  const_data<A>(nodes.centre), 0, 0, int(nodes.b.size(0))},
-                                 {pixel_map<A>(q), {}, {}}, K);
+    scores<T, Score::assignment>(
+        queue, x,
+        {const_data<A>(nodes.p), const_data<A>(nodes.r), const_data<A>(nodes.b), const_data<A>(nodes.centre),
+         0, 0, int(nodes.b.size(0)), nodes_vectorise(nodes.p)},
+        {pixel_map<A>(q), {}, {}}, K);
   });
   return q;
 }
@@ -127,9 +134,10 @@ Tensor assignment_gradient(const Queue& queue, const Tensor& x, const ScoreCoeff
   by_storage(x, [&](auto storage) {
     using T = decltype(storage);
     using A = acc_t<T>;
-    scores<T, Score::gradient>(
-        queue, x, {const_data<A>(h), nullptr, const_data<A>(t), const_data<A>(nodes.centre), K * C, K, 1},
-        {pixel_map<A>(dl), pixel_map<const A>(q), pixel_map<const A>(dq)}, K);
+    scores<T, Score::gradient>(queue, x,
+                               {const_data<A>(h), nullptr, const_data<A>(t), const_data<A>(nodes.centre),
+                                K * C, K, 1, nodes_vectorise(h)},
+                               {pixel_map<A>(dl), pixel_map<const A>(q), pixel_map<const A>(dq)}, K);
   });
   return dl;
 }
@@ -139,7 +147,8 @@ Tensor node_products(const Queue& queue, const Tensor& dy, const Tensor& z, cons
   const Tensor dq = map_like(q, K, q.scalar_type());
   by_storage(dy, [&](auto storage) {
     using T = decltype(storage);
-    scores<T, Score::product>(queue, dy, {const_data<T>(z), nullptr, nullptr, nullptr, K * D, 0, 0},
+    scores<T, Score::product>(queue, dy,
+                              {const_data<T>(z), nullptr, nullptr, nullptr, K * D, 0, 0, nodes_vectorise(z)},
                               {pixel_map<acc_t<T>>(dq), {}, {}}, K);
   });
   return dq;
@@ -157,7 +166,7 @@ void reprojection(const Queue& queue, const Tensor& z, const Tensor& q, const Ma
   by_storage(y, [&](auto storage) {
     using T = decltype(storage);
     spread<T, Spread::reprojection>(
-        queue, {const_data<T>(z), nullptr, nullptr, nullptr},
+        queue, {const_data<T>(z), nullptr, nullptr, nullptr, nodes_vectorise(z)},
         {pixel_map<const acc_t<T>>(q), {}, pixel_map<const T>(r), pixel_map<T>(y)}, y, z.size(1));
   });
 }
@@ -170,7 +179,8 @@ Tensor features_gradient(const Queue& queue, const Tensor& x, const ScoreCoeffic
     using A = acc_t<T>;
     spread<T, Spread::gradient>(
         queue,
-        {const_data<A>(h), const_data<A>(nodes.p), const_data<A>(nodes.r), const_data<A>(nodes.centre)},
+        {const_data<A>(h), const_data<A>(nodes.p), const_data<A>(nodes.r), const_data<A>(nodes.centre),
+         nodes_vectorise(h)},
         {pixel_map<const A>(q), pixel_map<const A>(dl), pixel_map<const T>(x), pixel_map<T>(dx)}, dx,
         h.size(1));
   });

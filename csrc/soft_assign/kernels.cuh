@@ -11,6 +11,7 @@ template <class A>
 __global__ void __launch_bounds__(COEFFICIENT_THREADS, 1)
     soft_assign_coefficients_kernel(const A* __restrict__ w, const A* __restrict__ s, int nodes, int channels,
                                     Coefficients<A> out) {
+  __shared__ double strand[COEFFICIENT_WARPS][WARP];
   const int c = blockIdx.x * WARP + threadIdx.x % WARP;
   const auto precision = [&](int k) {
     const double scale = s[int64_t(k) * channels + c];
@@ -19,7 +20,7 @@ __global__ void __launch_bounds__(COEFFICIENT_THREADS, 1)
   double least = INFINITY;
   if (c < channels)
     for (int k = 0; k < nodes; ++k) least = min(least, precision(k));
-  write_coefficients(w, nodes, channels, out, [&](int k, int, double w) {
+  write_coefficients(w, nodes, channels, out, strand, [&](int k, int, double w) {
     const double g = precision(k);
     return Coefficient<double>{w * g, -0.5 * (g - least), -0.5 * w * w * g};
   });
@@ -41,6 +42,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
                              const acc_t<T>* __restrict__ centre, int nodes, int channels,
                              Standardisation standard, T* __restrict__ z, acc_t<T>* __restrict__ e,
                              acc_t<T>* __restrict__ m) {
+  __shared__ BlockSum sum_of;
   using A = acc_t<T>;
   const int64_t row = blockIdx.x, image = row / nodes, size = int64_t(nodes) * channels;
   const int k = row % nodes;
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
     const double u = standardised(residual, c);
     square += u * u;
   }
-  const double length = sqrt(sum_of_block(square));
+  const double length = sqrt(sum_of(square));
   const double divisor = standard.normalise ? (length < SHORTEST ? SHORTEST : length) : 1;
   for (int c = threadIdx.x; c < channels; c += BLOCK)
     z[row * channels + c] = narrow<T>(A(standardised(e[row * channels + c], c) / divisor));
@@ -72,6 +74,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
                                   const acc_t<T>* __restrict__ e, const acc_t<T>* __restrict__ m, int nodes,
                                   int channels, Standardisation standard, acc_t<T>* __restrict__ h,
                                   acc_t<T>* __restrict__ t) {
+  __shared__ BlockSum sum_of;
   using A = acc_t<T>;
   const int64_t row = blockIdx.x;
   const int64_t node = row % nodes * channels;
@@ -83,8 +86,8 @@ __global__ void __launch_bounds__(BLOCK, 1)
     square += standardised(c) * standardised(c);
     along += standardised(c) * cotangent(c);
   }
-  const double length = sqrt(sum_of_block(square));
-  along = sum_of_block(along);
+  const double length = sqrt(sum_of(square));
+  along = sum_of(along);
   const double clamped = length < SHORTEST ? SHORTEST : length;
   // dz' = (dz − z ⟨z, dz⟩) / ‖z'‖; a clamped length is a constant
   const double share = length < SHORTEST ? 0 : along / (clamped * clamped);
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
     if (standard.average) shift -= u * standardised(c) / divisor;
     shift -= hc * (double(w[node + c]) - centre[c]);
   }
-  shift = sum_of_block(shift);
+  shift = sum_of(shift);
   if (threadIdx.x == 0) t[row] = dz ? A(shift) : A(0);
 }
 
