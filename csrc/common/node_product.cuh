@@ -145,7 +145,7 @@ struct Operand {
   template <class O, class F>
   __device__ void fetch(const Source<S>& from, O offset, int c0, F adjust) {
     each(from, [&](auto width, A* out, int row, int k) {
-      constexpr int V = width;
+      constexpr int V = decltype(width)::value;
       const int c = c0 + (CHANNELS_ARE_ROWS ? row : k);
       const int64_t at = offset(CHANNELS_ARE_ROWS ? k : row);
       Vector<S, V> in = {};
@@ -159,7 +159,7 @@ struct Operand {
   template <class F>
   __device__ void put(const Source<S>& from, OperandRow<T>* tile, F f) {
     each(from, [&](auto width, const A* in, int row, int k) {
-      constexpr int V = width;
+      constexpr int V = decltype(width)::value;
       Vector<A, V> out;
 #pragma unroll
       for (int v = 0; v < V; ++v) out.at[v] = f(in[v]);
