@@ -17,6 +17,7 @@ struct GatherShape {
 template <class T, int NJ>
 struct GatherStage {
   using A = acc_t<T>;
+  static constexpr int RESIDENT = sizeof(T) == 2 ? 3 : 2;  // blocks of a multiprocessor
   static constexpr int WARPS = 4, THREADS = WARPS * WARP, CHANNELS = WARPS * 16, NODES = 8 * NJ;
   OperandRow<T> x[CHANNELS], square[CHANNELS], a[NODES];
   int64_t offset_x[2][DEPTH<A>], offset_a[2][DEPTH<A>];  // of the pixels of two stages; −1 beyond the last
@@ -24,7 +25,7 @@ struct GatherStage {
 
 // sums[group][split][SQUARES: 2, else 1][K][C]: of a x̃ and of a x̃²; masses[group][split][K]. centre null: 0.
 template <class T, int NJ, bool SQUARES>
-__global__ void __launch_bounds__(GatherStage<T, NJ>::THREADS, 1)
+__global__ void __launch_bounds__(GatherStage<T, NJ>::THREADS, GatherStage<T, NJ>::RESIDENT)
     node_gather_kernel(PixelMap<const acc_t<T>> a, PixelMap<const T> x, const acc_t<T>* __restrict__ centre,
                        acc_t<T>* __restrict__ sums, acc_t<T>* __restrict__ masses, GatherShape shape) {
   using A = acc_t<T>;

@@ -41,7 +41,7 @@ struct OperandRow<T, true> {
     for (int v = 0; v < V; ++v) {
       h.at[v] = narrow<Half>(a.at[v]);
       const float rest = a.at[v] - widen(h.at[v]);
-      const bool finite = rest == rest;
+      const bool finite = rest - rest == 0;
       if (!finite) h.at[v] = narrow<Half>(0.f);
       l.at[v] = narrow<Half>(finite ? rest : a.at[v]);
     }
@@ -85,7 +85,7 @@ struct NodeProduct {
       }
     } else {
       constexpr int V = 16 / int(sizeof(A));
-#pragma unroll
+#pragma unroll 1
       for (int k = 0; k < DEPTH<A>; k += V) {
         Vector<A, V> a[2];
 #pragma unroll

@@ -37,6 +37,7 @@ struct ScoreStage {
   static constexpr bool SQUARES = SCORE == Score::assignment;
   static constexpr int WARPS = NODE_WARPS > 4 ? NODE_WARPS : 4, THREADS = WARPS * WARP;
   static constexpr int PIXELS = WARPS / NODE_WARPS * 16, NODES = NODE_WARPS * 8 * NJ;
+  static constexpr int RESIDENT = THREADS > 128 ? 1 : 3;  // blocks of a multiprocessor
   struct Operands {
     OperandRow<T> x[PIXELS], square[SQUARES ? PIXELS : 1], p[NODES], r[SQUARES ? NODES : 1];
   };
@@ -85,7 +86,8 @@ __device__ inline void gradient_row(A* row, const A* q, const A* bias, int nodes
 
 // shape.tiles blocks an image
 template <class T, Score SCORE, int NJ, int NODE_WARPS>
-__global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS, 1)
+__global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS,
+                                  ScoreStage<T, SCORE, NJ, NODE_WARPS>::RESIDENT)
     node_scores_kernel(PixelMap<const T> x, ScoreNodes<T, SCORE> nodes, ScoreMaps<acc_t<T>> maps,
                        NodeShape shape, int tiles) {
   using A = acc_t<T>;

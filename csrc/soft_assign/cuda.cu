@@ -63,7 +63,7 @@ void scores(const Queue& queue, const Tensor& x, const ScoreNodes<T, SCORE>& nod
 // How many pixels a part of the sums over a group covers: parts enough to fill a device, and no more.
 int64_t gather_split(int64_t pixels, int64_t tiles) {
   int64_t split = 4096;
-  while (split > 128 && ceil_div(pixels, split) * tiles < 132 * 4) split /= 2;
+  while (split > 256 && ceil_div(pixels, split) * tiles < 132 * 2) split /= 2;
   return split;
 }
 
