@@ -1,0 +1,54 @@
+// reproject on CUDA: allocate, launch, register.
+#include "reproject/kernels.cuh"
+
+#include <tuple>
+
+#include "soft_assign/launch.h"
+
+namespace segkernels::cuda {
+namespace {
+
+void check(const Tensor& z, const Tensor& q, const MaybeTensor& map) {
+  STD_TORCH_CHECK(z.dim() == 3 && q.dim() == 4 && q.size(0) == z.size(0) && q.size(1) == z.size(1) &&
+                      q.scalar_type() == acc_type(z.scalar_type()),
+                  "segkernels: z [B, K, D] and q [B, K, H, W] of the accumulation type do not fit");
+  STD_TORCH_CHECK(!map || (map->dim() == 4 && map->size(0) == z.size(0) && map->size(1) == z.size(2) &&
+                           map->size(2) == q.size(2) && map->size(3) == q.size(3) &&
+                           map->scalar_type() == z.scalar_type()),
+                  "segkernels: r and dy must be [B, D, H, W], of z's type");
+}
+
+Tensor reproject(Tensor z, Tensor q, MaybeTensor r) {
+  const Queue queue(z);
+  check(z, q, r);
+  const bool channels_last = is_channels_last(map_of(r ? *r : q));
+  const Tensor y = empty_map(z, {z.size(0), z.size(2), q.size(2), q.size(3)}, channels_last);
+  reprojection(queue, dense(z), q, r, y);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> reproject_backward(Tensor dy, Tensor z, Tensor q, Ints need) {
+  const Queue queue(z);
+  check(z, q, dy);
+  STD_TORCH_CHECK(need.size() == 2, "segkernels: need must have 2 elements");
+  const int64_t B = z.size(0), size = z.size(1) * z.size(2);
+  const Tensor dz = need[0] ? empty(z, {B, z.size(1), z.size(2)}) : empty(z, {0});
+  const Tensor dq = need[1] ? node_products(queue, dy, dense(z), q) : empty(q, {0});
+  if (need[0]) {
+    const Gathered gathered = gather_images(queue, q, dy, std::nullopt);
+    by_storage(z, [&](auto storage) {
+      using T = decltype(storage);
+      queue.launch(&reproject_finish_kernel<T>, ceil_div(B * size, BLOCK), BLOCK, 0,
+                   const_data<acc_t<T>>(gathered.sums), gathered.splits(), size, B, mutable_data<T>(dz));
+    });
+  }
+  return {dz, dq};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(segkernels, CUDA, m) {
+  m.impl("reproject", TORCH_BOX(&reproject));
+  m.impl("reproject_backward", TORCH_BOX(&reproject_backward));
+}
+
+}  // namespace
+}  // namespace segkernels::cuda
