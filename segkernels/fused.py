@@ -38,7 +38,7 @@ from segkernels import native
 
 BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SUPPORTED = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+SUPPORTED = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 OPERATORS: dict[str, Operator] = {}
 
@@ -91,13 +91,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
     """Whether autocast is on; there are devices, such as meta, that it does not know."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def _has_tangent(value: Any) -> bool:
@@ -223,7 +223,7 @@ class Operator:
         """Autocast casts maps and weights; "wide" arguments are taken in the accumulation type."""
         x = args[0]
         dtype = x.dtype
-        if _autocasts(x.device.type) and dtype != torch.float64:
+        if autocasts(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         elif not self._wide:
             return args
@@ -291,48 +291,6 @@ class _Fused(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def check_tensors(op: str, wide: dict[str, Tensor] | None = None, /, **tensors: Tensor) -> None:
-    """Raise UnsupportedInputError unless all are dense floating point tensors on one device and
-    ``tensors`` share one type.
-
-    The ``wide`` ones may have any floating type (they are taken in the accumulation type); autocast
-    lifts the condition of one type where it casts: never from or to float64.
-    """
-    given = tensors | (wide or {})
-    for name, t in given.items():
-        if not isinstance(t, Tensor):
-            raise UnsupportedInputError(
-                f"{op}: {name} must be a tensor\n  {name}: {type(t).__name__}"
-            )
-    first, x = next(iter(given.items()))
-    kind = x.device, x.dtype, torch.strided
-    if x.dtype in DTYPES and all((t.device, t.dtype, t.layout) == kind for t in given.values()):
-        return
-    listing = "".join(
-        f"\n  {n:<18}{str(t.dtype).removeprefix('torch.'):<10} {t.device}" for n, t in given.items()
-    )
-    if any(t.device != x.device for t in given.values()):
-        raise UnsupportedInputError(
-            f"{op}: all tensors must be on one device{listing}"
-            f"\n  move them with .to({first}.device)"
-        )
-    if not all(t.dtype in DTYPES for t in given.values()):
-        raise UnsupportedInputError(
-            f"{op}: only floating point tensors are supported ({_SUPPORTED}){listing}"
-        )
-    for name, t in given.items():
-        if t.layout != torch.strided:
-            raise UnsupportedInputError(
-                f"{op}: only dense tensors are supported\n  {name}: {t.layout}\n  use .to_dense()"
-            )
-    types = {t.dtype for t in tensors.values()}
-    if len(types) > 1 and (torch.float64 in types or not _autocasts(x.device.type)):
-        raise UnsupportedInputError(
-            f"{op}: tensors of different types{listing}"
-            f"\n  convert them with .to({first}.dtype), or use torch.autocast"
-        )
-
-
 def check_backend(op: str, backend: Any) -> None:
     """Raise UnsupportedInputError for a name that no backend has; None is the automatic choice."""
     if backend is not None and backend not in (*BACKENDS, "auto"):
@@ -388,7 +346,7 @@ class _Explained(Exception):
 
 def _reasons(kind: _Kind) -> dict[str, str | None]:
     package, device, dtype, limit = kind
-    other = None if dtype in DTYPES else f"{dtype} is not supported (supported: {_SUPPORTED})"
+    other = None if dtype in DTYPES else f"{dtype} is not supported (supported: {SUPPORTED})"
     return {
         "native": other or limit or _why_not_native(package, device),
         "triton": other or limit or _why_not_triton(package, device),

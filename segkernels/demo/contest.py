@@ -109,8 +109,8 @@ def _gcu(channels: int, backend: str | None) -> tuple[nn.Module, nn.Module]:
     """The twin differs where pixels meet nodes."""
     ours = GCU(channels, channels, (NODES,), merge="add", backend=backend)
     plain = copy.deepcopy(ours)
-    (unit,) = plain.units
-    unit.project, plain.reproject = PlainProjection(unit.project), PlainReprojection()
+    plain.set_submodule("units.0.project", PlainProjection(plain.get_submodule("units.0.project")))
+    plain.set_submodule("reproject", PlainReprojection())
     return ours, plain
 
 

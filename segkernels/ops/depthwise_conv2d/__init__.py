@@ -30,6 +30,7 @@ from torch import Tensor
 
 from segkernels import fused
 from segkernels.fused import UnsupportedInputError
+from segkernels.ops.arguments import check_tensors
 from segkernels.ops.geometry import (
     Padding,
     Rates,
@@ -69,7 +70,7 @@ def depthwise_conv2d(
     when the backend asked for cannot run.
     """
     biases = {} if bias is None else {"bias": bias}
-    fused.check_tensors("depthwise_conv2d", x=x, weight=weight, **biases)
+    check_tensors("depthwise_conv2d", x=x, weight=weight, **biases)
     shape = window("depthwise_conv2d", weight, stride, padding, dilation)
     check_map("depthwise_conv2d", x, weight, shape)
     w = weight.reshape(

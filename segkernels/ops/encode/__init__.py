@@ -48,6 +48,7 @@ from torch import Tensor
 
 from segkernels import fused
 from segkernels.fused import UnsupportedInputError
+from segkernels.ops.arguments import check_tensors
 from segkernels.ops.nodes import check_nodes, too_many_nodes
 from segkernels.overrides import overridable
 
@@ -66,7 +67,7 @@ def encode(
     Returns [B, K, C] in the type of the features. Raises UnsupportedInputError for arguments that
     describe no encoding and BackendUnavailableError when the backend asked for cannot run.
     """
-    fused.check_tensors("encode", {"codewords": codewords, "scale": scale}, features=features)
+    check_tensors("encode", {"codewords": codewords, "scale": scale}, features=features)
     check_nodes("encode", features, codewords=codewords)
     if scale.shape != codewords.shape[:1]:
         raise UnsupportedInputError(

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from segkernels import fused
 from segkernels.fused import UnsupportedInputError
+from segkernels.ops.arguments import check_tensors
 from segkernels.ops.nodes import too_many_nodes
 from segkernels.overrides import overridable
 
@@ -54,7 +55,7 @@ def reproject(
     """
     op = "reproject"
     residuals = {} if residual is None else {"residual": residual}
-    fused.check_tensors(op, {"assignment": assignment}, nodes=nodes, **residuals)
+    check_tensors(op, {"assignment": assignment}, nodes=nodes, **residuals)
     if nodes.dim() != 3 or assignment.dim() != 4 or nodes.shape[:2] != assignment.shape[:2]:
         _refuse("nodes must be [B, K, D] and assignment [B, K, H, W]", nodes, assignment, residual)
     if 0 in nodes.shape[1:]:

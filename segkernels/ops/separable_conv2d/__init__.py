@@ -41,6 +41,7 @@ from torch import Tensor
 
 from segkernels import fused
 from segkernels.fused import UnsupportedInputError
+from segkernels.ops.arguments import check_tensors
 from segkernels.ops.geometry import (
     Padding,
     Rates,
@@ -114,7 +115,7 @@ def separable_conv2d(
         "depthwise_bias": depthwise_bias,
         "pointwise_bias": pointwise_bias,
     }
-    fused.check_tensors(
+    check_tensors(
         op,
         {name: t for name, t in wide.items() if t is not None},
         x=x,

@@ -53,6 +53,7 @@ from torch import Tensor
 
 from segkernels import fused
 from segkernels.fused import UnsupportedInputError
+from segkernels.ops.arguments import check_tensors
 from segkernels.ops.nodes import check_nodes, too_many_nodes
 from segkernels.overrides import overridable
 
@@ -84,7 +85,7 @@ def soft_assign(
     BackendUnavailableError when the backend asked for cannot run.
     """
     op = "soft_assign"
-    fused.check_tensors(op, {"anchors": anchors, "scales": scales}, features=features)
+    check_tensors(op, {"anchors": anchors, "scales": scales}, features=features)
     check_nodes(op, features, anchors=anchors)
     if scales.shape != anchors.shape:
         raise UnsupportedInputError(
