@@ -91,13 +91,14 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def autocasts(device: str) -> bool:
-    """Whether autocast is on; there are devices, such as meta, that it does not know."""
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; there are devices, such as meta, that it does not know."""
+    device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def _has_tangent(value: Any) -> bool:
@@ -209,7 +210,7 @@ class Operator:
             raise _Explained(self.reasons(*args))
         chosen = _choose(self._kind(args), backend)
         if chosen == "reference":
-            with _without_autocast(args[0].device.type):  # the arguments are cast already
+            with _without_autocast(args[0]):  # the arguments are cast already
                 return self._reference(*args)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             raise RuntimeError(f"{self.name}: no forward-mode derivative (jvp){_WAY_OUT}")
@@ -223,7 +224,7 @@ class Operator:
         """Autocast casts maps and weights; "wide" arguments are taken in the accumulation type."""
         x = args[0]
         dtype = x.dtype
-        if autocasts(x.device.type) and dtype != torch.float64:
+        if autocasts(x) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         elif not self._wide:
             return args

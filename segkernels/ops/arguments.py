@@ -43,7 +43,7 @@ def check_tensors(op: str, wide: dict[str, Tensor] | None = None, /, **tensors: 
                 f"{op}: only dense tensors are supported\n  {name}: {t.layout}\n  use .to_dense()"
             )
     types = {t.dtype for t in tensors.values()}
-    if len(types) > 1 and (torch.float64 in types or not autocasts(x.device.type)):
+    if len(types) > 1 and (torch.float64 in types or not autocasts(x)):
         raise UnsupportedInputError(
             f"{op}: tensors of different types{listing}"
             f"\n  convert them with .to({first}.dtype), or use torch.autocast"

@@ -13,7 +13,7 @@ import torch
 
 from segkernels import native
 from segkernels.ops.separable_conv2d.cases import Case
-from tests import test_contract as contract
+from tests import contract
 
 OP = "separable_conv2d"
 CUT = [

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests import test_contract as contract
+from tests import contract
 from tests.simt import executor
 from tests.views import VIEWS
 
