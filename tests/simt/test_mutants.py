@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests import contract
+from tests import test_contract
 from tests.simt import executor
 from tests.views import VIEWS
 
@@ -233,12 +233,12 @@ def hold(op: str, library: Path, said: Path) -> None:
     executor.replace_native(library)
     torch.set_num_threads(1)
     where = "native", "cpu"
-    for layout in contract.LAYOUTS:
+    for layout in test_contract.LAYOUTS:
         for view in VIEWS:
-            contract.test_strided_inputs(op, "vectors", DTYPE, view, layout, *where)
-        for case in contract.cases(op):
-            contract.test_no_worse_than_the_reference(op, case, DTYPE, layout, *where)
-            contract.test_bitwise_reproducible(op, case, DTYPE, layout, *where)
+            test_contract.test_strided_inputs(op, "vectors", DTYPE, view, layout, *where)
+        for case in test_contract.cases(op):
+            test_contract.test_no_worse_than_the_reference(op, case, DTYPE, layout, *where)
+            test_contract.test_bitwise_reproducible(op, case, DTYPE, layout, *where)
 
 
 Runs = dict[str, "Future[tuple[int, str]]"]
