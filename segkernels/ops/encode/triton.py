@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from segkernels.ops import assignment, layouts, tiles
+from segkernels.ops import assignment, tiles
 from segkernels.ops.assignment import Logits, of_nodes, total
 
 
