@@ -157,8 +157,9 @@ def forward_and_backward(op: str, arguments: Arguments) -> Iterator[str]:
     """Calls the public function, then its backward for every tensor; each when it is asked for."""
     tensors = {k: v.detach().requires_grad_() for k, v in _tensors(arguments).items()}
     y = getattr(segkernels, op)(**(arguments | tensors))
+    y = y if isinstance(y, tuple) else (y,)
     yield "forward"
-    torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y))
+    torch.autograd.grad(y, list(tensors.values()), [torch.empty_like(t) for t in y])
     yield "backward"
 
 

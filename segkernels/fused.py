@@ -174,7 +174,8 @@ class Operator:
 
         def body(*args: Any) -> Any:
             function = getattr(importlib.import_module(f"{self.package}.triton"), name)
-            with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            first = next(a for a in args if isinstance(a, Tensor))  # a cotangent may be None
+            with torch.cuda.device_of(first):  # Triton launches on the current device
                 return function(*args)
 
         return body

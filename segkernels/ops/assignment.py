@@ -284,16 +284,20 @@ def pixel_tile(x: torch.Tensor, nodes: int) -> dict[str, int]:
 
 
 def sums_tile(x: torch.Tensor, nodes: int) -> dict[str, int]:
-    """Blocks of a kernel that keeps sums over pixels in registers, and its warps."""
-    most = 64
-    block_n = {8: 64 if layouts.INTERPRETED else 16, 4: 16, 2: 64}[x.element_size()]
+    """Blocks of a kernel that keeps sums over pixels in registers, and its warps.
+
+    In NCHW there is an address for every element that is on its way: fewer pixels, and stages.
+    """
+    last = layouts.is_channels_last(x)
+    most, block_n = 64, (64 if last else 32) if x.element_size() == 2 else 16
     if x.dtype == torch.float64:
-        most = block_n
+        most = block_n = 64 if layouts.INTERPRETED else 16
     return {
         "BLOCK_N": layouts.fit(x.size(2) * x.size(3), block_n),
         "BLOCK_C": layouts.fit(x.size(1), most),
         "BLOCK_K": layouts.fit(nodes, most),
         "num_warps": 4,
+        "num_stages": 3 if last else 2,
     }
 
 
@@ -358,10 +362,11 @@ def sums(
     def empty(*size: int) -> torch.Tensor:
         return x.new_empty((groups, *size), dtype=accumulation_dtype(x.dtype))
 
-    a2 = (shares * blocks[0], K) if isotropic else (shares, K, C)
-    made = Sums(empty(shares, K), empty(shares, K, C), empty(*a2) if squares else None)
+    a2 = empty(*((shares * blocks[0], K) if isotropic else (shares, K, C))) if squares else None
+    made = Sums(empty(shares, K), empty(shares, K, C), a2)
     if groups * shares > 0:
-        assignment_sums_kernel[(groups * shares, *blocks)](
+        grid = (groups * shares, *blocks)
+        assignment_sums_kernel[grid](
             *(f, x, centre, *made, K, C, N),
             *(*strides, group, walk),
             **how(x, isotropic, strides[1]),

@@ -177,6 +177,7 @@ def encode_backward(
     if dl is None:
         return nothing if dx is None else dx, c.new_empty(0), c.new_empty(0)
     a = assignment.sums(dl, x, logits.centre, together=True, squares=True, isotropic=True)
+    assert a.a2 is not None
     dc, ds = torch.empty_like(c), torch.empty_like(s)
     encode_gradients_kernel[(K,)](
         *(de, c, s, m, logits.centre, *a, dc, ds),

@@ -40,8 +40,8 @@ def reproject_forward_kernel(
     live = (n < N) & (d < D)
     acc = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     if r is not None:
-        at = tiles.at_pixels(strides_r, sample, d, n, ALIGN)
-        acc += tl.load(r + at, mask=live, other=0.0).to(ACC)
+        residual = r + tiles.at_pixels(strides_r, sample, d, n, ALIGN)
+        acc += tl.load(residual, mask=live, other=0.0).to(ACC)
     for first in range(0, K, BLOCK_K):
         nodes = first + tl.arange(0, BLOCK_K)
         k = nodes[None, :]
