@@ -289,9 +289,10 @@ def sums_tile(x: torch.Tensor, nodes: int) -> dict[str, int]:
     In NCHW there is an address for every element that is on its way: fewer pixels, and stages.
     """
     last = layouts.is_channels_last(x)
-    most, block_n = 64, (64 if last else 32) if x.element_size() == 2 else 16
-    if x.dtype == torch.float64:
-        most = block_n = 64 if layouts.INTERPRETED else 16
+    most = 16 if x.dtype == torch.float64 and not layouts.INTERPRETED else 64
+    block_n = (64 if last else 32) if x.element_size() == 2 else 16
+    if layouts.INTERPRETED:  # no registers to run out of, and every operation counts
+        block_n = 64
     return {
         "BLOCK_N": layouts.fit(x.size(2) * x.size(3), block_n),
         "BLOCK_C": layouts.fit(x.size(1), most),
