@@ -174,8 +174,7 @@ class Operator:
 
         def body(*args: Any) -> Any:
             function = getattr(importlib.import_module(f"{self.package}.triton"), name)
-            first = next(a for a in args if isinstance(a, Tensor))  # a cotangent may be None
-            with torch.cuda.device_of(first):  # Triton launches on the current device
+            with torch.cuda.device_of(next(filter(torch.is_tensor, args))):  # there it launches
                 return function(*args)
 
         return body

@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from segkernels.ops import assignment, tiles
-from segkernels.ops.assignment import Logits, of_nodes, total
+from segkernels.ops import assignment, node_sums, tiles
+from segkernels.ops.assignment import Logits
+from segkernels.ops.node_sums import of_nodes, total
 
 
 @triton.jit
@@ -144,11 +145,11 @@ def encode(
     c, s = c.contiguous(), s.contiguous()
     logits = logits_of(c, s)
     q = assignment.assign(x, logits)
-    a0, a1, _ = assignment.sums(q, x, logits.centre)
+    a0, a1, _ = node_sums.sums(q, x, logits.centre)
     e, m = x.new_empty(B, K, C), c.new_empty(B, K)
     if B > 0:
         encode_residuals_kernel[(B * K,)](
-            *(c, logits.centre, a0, a1, e, m, K, C, a0.size(1)), **assignment.row_tile(C)
+            *(c, logits.centre, a0, a1, e, m, K, C, a0.size(1)), **node_sums.row_tile(C)
         )
     return e, q, m
 
@@ -166,26 +167,23 @@ def encode_backward(
     de, c, s = de.contiguous(), c.contiguous(), s.contiguous()
     logits = logits_of(c, s)
     t = c.new_empty(B, K)
-    row = assignment.row_tile(C)
+    row = node_sums.row_tile(C)
     if B > 0:
         encode_shifts_kernel[(B * K,)](
             *(de, c, logits.centre, t, K, C), BLOCK_C=row["BLOCK_C"], num_warps=row["num_warps"]
         )
-    parameters = bool(need[1] or need[2])
-    dx, dl = assignment.assign_backward(x, q, None, logits, de, t, bool(need[0]), parameters)
-    nothing = x.new_empty(0)
-    if dl is None:
-        return nothing if dx is None else dx, c.new_empty(0), c.new_empty(0)
-    a = assignment.sums(dl, x, logits.centre, together=True, squares=True, isotropic=True)
-    assert a.a2 is not None
-    dc, ds = torch.empty_like(c), torch.empty_like(s)
-    encode_gradients_kernel[(K,)](
-        *(de, c, s, m, logits.centre, *a, dc, ds),
-        *(B, K, C, a.a0.size(1), a.a2.size(1)),
-        **row,
-    )
-    return (
-        nothing if dx is None else dx,
-        dc if need[1] else c.new_empty(0),
-        ds if need[2] else c.new_empty(0),
-    )
+    dl = assignment.slopes(x, q, None, logits.centre, de, t)
+    nothing = c.new_empty(0)
+    dx, dc, ds = x.new_empty(0), nothing, nothing
+    if need[0]:
+        dx = assignment.features_backward(x, q, dl, logits, de)
+    if need[1] or need[2]:
+        a = node_sums.sums(dl, x, logits.centre, together=True, squares=True, isotropic=True)
+        assert a.a2 is not None
+        dc, ds = torch.empty_like(c), torch.empty_like(s)
+        encode_gradients_kernel[(K,)](
+            *(de, c, s, m, logits.centre, *a, dc, ds),
+            *(B, K, C, a.a0.size(1), a.a2.size(1)),
+            **row,
+        )
+    return dx, dc if need[1] else nothing, ds if need[2] else nothing

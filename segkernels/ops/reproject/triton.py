@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from segkernels.fused import memory_format
-from segkernels.ops import assignment, layouts, tiles
-from segkernels.ops.assignment import flat, of_nodes, total
+from segkernels.ops import layouts, node_sums, tiles
+from segkernels.ops.node_sums import flat, of_nodes, total
 from segkernels.ops.tiles import aligned
 
 
@@ -118,8 +118,8 @@ def reproject(
     if y.numel() == 0:
         return y
     (q, r), strides = flat(q, r)
-    block_n, block_k, block_d, warps = layouts.product_shape(z.dtype, y[0, 0].numel(), K, D, 128)
     N = y.size(2) * y.size(3)
+    block_n, block_k, block_d, warps = layouts.product_shape(z.dtype, N, K, D, 64)
     apart = [s[i] for s in (strides[1], layouts.map_strides(y)) for i in (0, 2)]
     reproject_forward_kernel[(triton.cdiv(N, block_n) * B, triton.cdiv(D, block_d))](
         *(z.contiguous(), q, r, y, K, D, N),
@@ -161,10 +161,10 @@ def assignment_backward(dy: torch.Tensor, z: torch.Tensor, q: torch.Tensor) -> t
 def nodes_backward(dy: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     B, K, D = q.size(0), q.size(1), dy.size(1)
     dz = dy.new_empty(B, K, D)
-    shares = assignment.sums(q, dy, None).a1
+    shares = node_sums.sums(q, dy, None).a1
     if B > 0:
         reproject_nodes_backward_kernel[(B * K,)](
-            *(shares, dz, K, D, shares.size(1)), **assignment.row_tile(D)
+            *(shares, dz, K, D, shares.size(1)), **node_sums.row_tile(D)
         )
     return dz
 

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from segkernels.ops import assignment, tiles
-from segkernels.ops.assignment import Logits, of_nodes, total
+from segkernels.ops import assignment, node_sums, tiles
+from segkernels.ops.assignment import Logits
+from segkernels.ops.node_sums import of_nodes, total
 
 SHORTEST = tl.constexpr(1e-12)  # a shorter node is divided by this
 
@@ -205,7 +206,7 @@ def soft_assign(
     w, s = w.contiguous(), s.contiguous()
     logits = logits_of(w, s)
     q = assignment.assign(x, logits)
-    a0, a1, _ = assignment.sums(q, x, logits.centre)
+    a0, a1, _ = node_sums.sums(q, x, logits.centre)
     z, e, m = x.new_empty(B, K, C), w.new_empty(B, K, C), w.new_empty(B, K)
     if B > 0:
         soft_assign_nodes_kernel[(B * K,)](
@@ -213,7 +214,7 @@ def soft_assign(
             AVERAGE=average,
             NORMALISE=normalise,
             EPS=eps,
-            **assignment.row_tile(C),
+            **node_sums.row_tile(C),
         )
     return z, q, e, m
 
@@ -235,7 +236,7 @@ def soft_assign_backward(
     (K, C), B = w.shape, x.size(0)
     w, s = w.contiguous(), s.contiguous()
     logits = logits_of(w, s)
-    row = assignment.row_tile(C)
+    row = node_sums.row_tile(C)
     h, t = None, None
     if dz is not None:
         h, t = torch.empty_like(e), torch.empty_like(m)
@@ -248,18 +249,15 @@ def soft_assign_backward(
                 BLOCK_C=row["BLOCK_C"],
                 num_warps=row["num_warps"],
             )
-    parameters = bool(need[1] or need[2])
-    dx, dl = assignment.assign_backward(x, q, dq, logits, h, t, bool(need[0]), parameters)
+    dl = assignment.slopes(x, q, dq, logits.centre, h, t)
     nothing = w.new_empty(0)
-    dw, ds = nothing, nothing
-    if dl is not None:
-        a = assignment.sums(dl, x, logits.centre, together=True, squares=True)
+    dx, dw, ds = x.new_empty(0), nothing, nothing
+    if need[0]:
+        dx = assignment.features_backward(x, q, dl, logits, h)
+    if need[1] or need[2]:
+        a = node_sums.sums(dl, x, logits.centre, together=True, squares=True)
         dw, ds = torch.empty_like(w), torch.empty_like(s)
         soft_assign_gradients_kernel[(K,)](
             *(w, s, logits.centre, h, e, m, *a, dw, ds, B, K, C, a.a0.size(1)), **row
         )
-    return (
-        x.new_empty(0) if dx is None else dx,
-        dw if need[1] else nothing,
-        ds if need[2] else nothing,
-    )
+    return dx, dw if need[1] else nothing, ds if need[2] else nothing
