@@ -188,7 +188,7 @@ def pixel_tile(x: torch.Tensor, nodes: int) -> dict[str, int]:
     if x.dtype == torch.float64 and not layouts.INTERPRETED:  # a product is a block of all three
         block_n, block_c = max(1, 256 // block_k), 16
     else:
-        block_n = layouts.fit(x.size(2) * x.size(3), min(64, 4096 // block_k))
+        block_n = layouts.fit(x.size(2) * x.size(3), 64 if block_k <= 64 else 16)
     warps = 4 if block_k <= 64 else 8
     return {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_K": block_k, "num_warps": warps}
 
