@@ -175,7 +175,7 @@ class Operator:
 
         def body(*args: Any) -> Any:
             function = getattr(importlib.import_module(f"{self.package}.triton"), name)
-            with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            with torch.cuda.device_of(next(filter(torch.is_tensor, args))):  # there it launches
                 return function(*args)
 
         return body

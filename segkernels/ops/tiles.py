@@ -115,6 +115,34 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def halves(t):
+    """t = high + low in bfloat16, to 16 bits; an infinity or NaN is all high, and what is bfloat16
+    has no low half.
+    """
+    if t.dtype == tl.bfloat16:
+        return t, None
+    else:
+        high = rounded(t.to(tl.float32), tl.bfloat16)
+        low = t.to(tl.float32) - high.to(tl.float32)
+        return high, rounded(tl.where(low == low, low, 0.0), tl.bfloat16)
+
+
+@triton.jit
+def product(a, b, acc, SPLIT: tl.constexpr):
+    """acc + a·b in the accumulation type; SPLIT: of halves, by 16-bit matrix instructions."""
+    if SPLIT:
+        a_high, a_low = halves(a)
+        b_high, b_low = halves(b)
+        if a_low is not None:
+            acc = dot(a_low, b_high, acc)
+        if b_low is not None:
+            acc = dot(a_high, b_low, acc)
+        return dot(a_high, b_high, acc)
+    else:
+        return dot(a.to(acc.dtype), b.to(acc.dtype), acc)
+
+
+@triton.jit
 def matmul(t, weight, acc, CHANNELS_LAST: tl.constexpr):
     """acc + the product of a tile of a map with a matrix over its channels."""
     if CHANNELS_LAST:

@@ -11,6 +11,7 @@ import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import segkernels
 from segkernels import tolerance
 from segkernels.fused import accumulation_dtype, memory_format
+from segkernels.ops.soft_assign.cases import PAPER
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,7 +42,8 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 CONTRACT = str(Path(__file__).parents[1] / "test_contract.py")
 RUNS = {
     "kernels": (__file__, "-m", "not slow"),
-    "contract": (CONTRACT, "-k", "triton and kernel_1 and not compile and not export"),
+    "contract": (CONTRACT, "-k", "triton and (kernel_1 or one_row) and not compile and not export"),
+    "contract-tiles": (CONTRACT, "-k", "triton and no_worse and several_tiles-bfloat16"),
 }
 SLOW_RUNS = {
     "kernels-slow": (__file__, "-m", "slow"),
@@ -244,6 +248,18 @@ def test_separable(case: str, dtype: str, layout: str) -> None:
         assert all(g.isfinite().all() for g in got)
     again = kernel("separable_conv2d", "_backward")(*arguments, [1, 1, 1] + [int(affine)] * 4)
     assert all(map(torch.equal, got, again))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", [c for c in PAPER if c.shape[1] == 512], ids=lambda c: c.name)
+def test_assignment_of_narrow_nodes(case: Any, dtype: str) -> None:
+    """Logits in the hundreds: a product of bfloat16 that are not halves misses by a hundredfold."""
+    inputs = replace(case, shape=(1, 512, 5, 9)).inputs(DTYPES[dtype])
+    wide = {n: t.double() if isinstance(t, Tensor) else t for n, t in inputs.items()}
+    _, exact = segkernels.soft_assign(**wide, backend="reference")
+    _, q = segkernels.soft_assign(**inputs, backend="triton")
+    assert (q - exact).abs().max() <= 5e-4
 
 
 @interpreted
