@@ -1,5 +1,5 @@
 """What the contract cannot see of the CPU kernels over pixels and nodes: every instruction set that
-one library holds."""
+one library holds, and the raw operators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from tests import contract
 OPERATORS = ("soft_assign", "encode", "reproject")
 
 
-@pytest.mark.skipif(native.why_not("cpu") is not None, reason="no native library")
+needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason="no native library")
+
+
+@needs_native
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_instruction_set(op: str, isa: str) -> None:
@@ -31,6 +34,14 @@ def test_every_instruction_set(op: str, isa: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@needs_native
+def test_no_nodes_are_refused() -> None:
+    """By the raw operator too, which would divide by their number."""
+    dy, z, q = torch.ones(1, 4, 2, 2), torch.ones(1, 0, 4), torch.ones(1, 0, 2, 2)
+    with pytest.raises(RuntimeError, match="reproject"):
+        torch.ops.segkernels.reproject_backward(dy, z, q, [1, 1])
 
 
 if __name__ == "__main__":
