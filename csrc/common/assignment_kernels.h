@@ -302,18 +302,20 @@ struct Blocks {
   }
 };
 
-// row[step] = Σ over `parts` parts, from image·parts on, of row k of sums [part][size]; returns that of
-// totals [part][K].
+// row[c] = Σ over the parts of an image of sums [image·parts][rows][step], for row k
 template <class A>
-A sum_parts(const A* totals, const A* sums, int64_t parts, int64_t K, int64_t size, int64_t image, int64_t k,
-            int64_t step, A* row) {
-  A total = 0;
+void sum_parts(const A* sums, int64_t parts, int64_t rows, int64_t step, int64_t image, int64_t k, A* row) {
   std::fill_n(row, step, A(0));
   for (int64_t part = image * parts; part < (image + 1) * parts; ++part) {
-    total += totals[part * K + k];
-    const A* from = sums + part * size + k * step;
+    const A* from = sums + (part * rows + k) * step;
     for (int64_t c = 0; c < step; ++c) row[c] += from[c];
   }
+}
+// The same of totals [image·parts][K], one number a row.
+template <class A>
+A sum_parts(const A* totals, int64_t parts, int64_t K, int64_t image, int64_t k) {
+  A total;
+  sum_parts(totals, parts, K, 1, image, k, &total);
   return total;
 }
 

@@ -87,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward(Tensor de, Tensor x, Tensor c
   de = dense(de), x = as_pixels(x), c = dense(c), s = dense(s), q = as_pixels(q), m = dense(m);
   const Map map = map_of(x);
   const int64_t K = c.size(0), C = c.size(1);
-  STD_TORCH_CHECK(
-      de.numel() == map.B * K * C && de.scalar_type() == x.scalar_type() && m.numel() == map.B * K,
-      "encode_backward: de must be [B, K, C] of x's type, m [B, K]");
+  STD_TORCH_CHECK(de.numel() == map.B * K * C && de.scalar_type() == x.scalar_type() &&
+                      m.numel() == map.B * K && m.scalar_type() == c.scalar_type(),
+                  "encode_backward: de must be [B, K, C] of x's type, m [B, K] of the type of c");
   const std::vector<int64_t> none{0};
   const Tensor dx = need[0] ? empty_map(x, {map.B, C, map.H, map.W}, channels_last) : empty(x, none);
   const Tensor dc = empty(c, need[1] ? std::vector<int64_t>{K, C} : none),

@@ -27,8 +27,8 @@ template <class T>
 void residual_row(const ResidualSums<T>& n, int64_t image, int64_t k, acc_t<T>* row) {
   using A = acc_t<T>;
   const int64_t C = n.codewords.C, step = n.codewords.step, at = image * n.K + k;
-  const A m = sum_parts(n.masses, n.sums, n.splits, n.K, n.rows * step, image, k, step, row);
-  n.m[at] = m;
+  const A m = n.m[at] = sum_parts(n.masses, n.splits, n.K, image, k);
+  sum_parts(n.sums, n.splits, n.rows, step, image, k, row);
   const A* c = n.codewords.c + k * step;
   for (int64_t i = 0; i < C; i += Vec<A>::lanes)
     store(n.e + at * C + i, fma(splat(-m), load(c + i), load(static_cast<const A*>(row + i))),
@@ -47,9 +47,8 @@ void cotangent_row(const Codewords<acc_t<T>>& n, const T* de, int64_t k, acc_t<T
 template <class A>
 void gradient_row(const CodewordGradients<A>& n, int64_t k, A* a1) {
   const int64_t C = n.codewords.C, step = n.codewords.step, width = round_up(C, Vec<A>::lanes);
-  const A a0 = sum_parts(n.a0, n.a1, n.parts, n.K, n.rows * step, 0, k, step, a1);
-  A a2 = 0;
-  for (int64_t part = 0; part < n.parts; ++part) a2 += n.a2[part * n.K + k];
+  const A a0 = sum_parts(n.a0, n.parts, n.K, 0, k), a2 = sum_parts(n.a2, n.parts, n.K, 0, k);
+  sum_parts(n.a1, n.parts, n.rows, step, 0, k, a1);
   const A *c = n.codewords.c + k * step, s = n.codewords.s[k];
   if (n.ds) n.ds[k] = a2 - 2 * dot(width, c, static_cast<const A*>(a1)) + dot(width, c, c) * a0;
   if (!n.dc) return;

@@ -14,7 +14,7 @@ using Optional = std::optional<Tensor>;
 
 void check(const Tensor& z, const Tensor& q) {
   const Map map = map_of(q);
-  STD_TORCH_CHECK(z.dim() == 3 && z.size(0) == map.B && z.size(1) == map.C &&
+  STD_TORCH_CHECK(z.dim() == 3 && z.size(0) == map.B && z.size(1) == map.C && map.C > 0 &&
                       q.scalar_type() == acc_type(z.scalar_type()),
                   "reproject: z must be [B, K, D], q [B, K, H, W] of the accumulation type");
 }

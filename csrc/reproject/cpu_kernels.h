@@ -72,11 +72,7 @@ void mix_backward(const Reprojection<T>& call, int64_t first_part, int64_t last_
 template <class T>
 void finish_row(const Reprojection<T>& call, int64_t image, int64_t k, acc_t<T>* row, T* dz) {
   using A = acc_t<T>;
-  std::fill_n(row, call.step, A(0));
-  for (int64_t part = image * call.splits; part < (image + 1) * call.splits; ++part) {
-    const A* from = call.sums + (part * call.rows + k) * call.step;
-    for (int64_t c = 0; c < call.step; ++c) row[c] += from[c];
-  }
+  sum_parts<A>(call.sums, call.splits, call.rows, call.step, image, k, row);
   for (int64_t c = 0; c < call.y.C; c += Vec<A>::lanes)
     store(dz + (image * call.K + k) * call.y.C + c, load(static_cast<const A*>(row + c)),
           lane_range<A>(0, call.y.C - c));

@@ -44,7 +44,7 @@ struct Form {
       for (int64_t k = 0; k < K; ++k) {
         const A g = 1 / (nodes.scales[k * C + c] * nodes.scales[k * C + c]);
         sum += nodes.anchors[k * C + c];
-        least = least < g ? least : g;  // a NaN is taken
+        least = std::min(least, g);
       }
       nodes.centre[c] = A(sum / K);
       nodes.shared[c] = least;
@@ -107,8 +107,9 @@ std::tuple<Tensor, Tensor, Tensor> soft_assign_backward(Optional dz, Optional dq
   const Map map = map_of(x);
   const int64_t K = w.size(0), C = w.size(1);
   const std::vector<int64_t> none{0};
-  STD_TORCH_CHECK(e.numel() == map.B * K * C && m.numel() == map.B * K,
-                  "soft_assign_backward: e or m do not fit");
+  STD_TORCH_CHECK(e.numel() == map.B * K * C && e.scalar_type() == w.scalar_type() &&
+                      m.numel() == map.B * K && m.scalar_type() == w.scalar_type(),
+                  "soft_assign_backward: e must be [B, K, C] and m [B, K], of the type of w");
   if (dz) {
     dz = dense(*dz);
     STD_TORCH_CHECK(dz->numel() == map.B * K * C && dz->scalar_type() == x.scalar_type(),

@@ -29,19 +29,20 @@ void node_row(const NodeSums<T>& n, int64_t image, int64_t k, acc_t<T>* row) {
   using A = acc_t<T>;
   const int64_t C = n.nodes.C, at = image * n.K + k;
   const int64_t step = n.nodes.step;
-  const A m = sum_parts(n.masses, n.sums, n.splits, n.K, n.rows * step, image, k, step, row);
-  n.m[at] = m;
-  const A *w = n.nodes.w + k * n.nodes.step, *s = n.nodes.scales + k * C;
+  const A m = n.m[at] = sum_parts(n.masses, n.splits, n.K, image, k);
+  sum_parts(n.sums, n.splits, n.rows, step, image, k, row);
+  const A *w = n.nodes.w + k * step, *s = n.nodes.scales + k * C;
   const A share = n.average ? 1 / (m + A(n.eps)) : A(1);
   A* e = n.e + at * C;
   for (int64_t c = 0; c < C; ++c) {
     e[c] = row[c] - m * w[c];
     row[c] = e[c] / s[c] * share;
   }
-  A scale = 1;
-  if (n.normalise) scale = 1 / std::max(A(kShortest), std::sqrt(dot(round_up(C, Vec<A>::lanes), row, row)));
+  A length = 1;
+  if (n.normalise) length = std::max(std::sqrt(dot(round_up(C, Vec<A>::lanes), row, row)), A(kShortest));
   for (int64_t c = 0; c < C; c += Vec<A>::lanes)
-    store(n.z + at * C + c, load(static_cast<const A*>(row + c)) * splat(scale), lane_range<A>(0, C - c));
+    store(n.z + at * C + c, load(static_cast<const A*>(row + c)) * splat(1 / length),
+          lane_range<A>(0, C - c));
 }
 
 // h and t of one node of one image, from dz.
@@ -77,8 +78,9 @@ void cotangent_row(const NodeCotangents<T>& n, int64_t image, int64_t k, acc_t<T
 template <class A>
 void gradient_row(const NodeGradients<A>& n, int64_t k, A* a1, A* a2) {
   const int64_t C = n.nodes.C, step = n.nodes.step;
-  const A a0 = sum_parts(n.a0, n.a1, n.parts, n.K, n.rows * step, 0, k, step, a1);
-  sum_parts(n.a0, n.a2, n.parts, n.K, n.rows * step, 0, k, step, a2);
+  const A a0 = sum_parts(n.a0, n.parts, n.K, 0, k);
+  sum_parts(n.a1, n.parts, n.rows, step, 0, k, a1);
+  sum_parts(n.a2, n.parts, n.rows, step, 0, k, a2);
   const A *w = n.nodes.w + k * step, *g = n.nodes.g + k * step, *s = n.nodes.scales + k * C;
   for (int64_t c = 0; c < C; ++c) {
     a2[c] = (a2[c] - 2 * w[c] * a1[c] + w[c] * w[c] * a0) * g[c];
