@@ -280,12 +280,14 @@ class _Fused(torch.autograd.Function):
             args[place] = tensor
         for place, i in op._cotangents:
             args[place] = cotangents[i]
-        args[op._need] = [int(needs[i]) for i in op._differentiated]
-        made = op.raw(ctx.backend, backward=True)(*args)
-        made = made if len(op._gradients) > 1 else (made,)
         gradients: list[Tensor | None] = [None] * len(needs)
         for i in op._added:
             gradients[i] = cotangents[0] if needs[i] else None
+        args[op._need] = [int(needs[i]) for i in op._differentiated]
+        if not any(args[op._need]):
+            return (None, None, *gradients)
+        made = op.raw(ctx.backend, backward=True)(*args)
+        made = made if len(op._gradients) > 1 else (made,)
         for i, gradient in zip(op._differentiated, made, strict=True):
             if needs[i]:
                 gradients[i] = gradient

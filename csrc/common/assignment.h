@@ -16,6 +16,12 @@ namespace segkernels {
 // Node arrays have rows for whole groups of nodes.
 inline int64_t node_rows(int64_t K) { return round_up(K, 4); }
 
+// How many parts have sums of their own, of so many rows of nodes: together they are at most a quarter of the
+// pixels, where those are many.
+inline int64_t parts_of(int64_t blocks, int64_t pixels, int64_t rows) {
+  return std::min(blocks, std::clamp<int64_t>(pixels / (4 * rows), 4, 16));
+}
+
 // The quadratic form. Rows of p and r are padded(C) apart, zero beyond the channels, node_rows(K) of them.
 template <class A>
 struct Quadratic {
@@ -56,7 +62,7 @@ Assignment<T> assignment_of(const Tensor& x, const Tensor& q, const Quadratic<ac
   return call;
 }
 
-// A call of the forward with the memory of its sums, which are at most a quarter of a large image.
+// A call of the forward with the memory of its sums.
 template <class T>
 struct Assigning {
   using A = acc_t<T>;
@@ -65,7 +71,7 @@ struct Assigning {
 
   Assigning(const Tensor& x, const Tensor& q, const Quadratic<A>& form, int64_t K)
       : call(assignment_of<T>(x, q, form, K)), sums(q) {
-    call.splits = std::min(call.x.blocks(), std::clamp<int64_t>(call.x.N / (4 * K), 4, 16));
+    call.splits = parts_of(call.x.blocks(), call.x.N, K);
     call.parts = call.x.B * call.splits;
     sums = empty(q, {call.parts * (call.rows * call.step + K)});
     call.sums = mutable_data<A>(sums);
@@ -88,8 +94,7 @@ struct Differentiating {
   Differentiating(const Tensor& x, const Tensor& q, const std::optional<Tensor>& given_dq,
                   const Quadratic<A>& form, int64_t K, const Tensor& dx, bool want_nodes)
       : call(assignment_of<T>(x, q, form, K)), sums(q), dq(given_dq ? as_pixels(*given_dq) : q) {
-    call.parts =
-        std::min(call.x.B * call.x.blocks(), std::clamp<int64_t>(call.x.B * call.x.N / (8 * K), 4, 16));
+    call.parts = parts_of(call.x.B * call.x.blocks(), call.x.B * call.x.N, 2 * K);
     h.resize(call.x.B * call.rows * call.step);
     t.resize(call.x.B * K);
     call.h = h.data();

@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> reproject_backward(Tensor dy, Tensor z, Tensor q, std
     Prepared<T> p(z, q, pixels);
     Reprojection<T>& call = p.call;
     call.dy_data = const_data<T>(dy);
-    call.splits = std::min(pixels.blocks(), std::clamp<int64_t>(pixels.N / (4 * call.K), 4, 16));
+    call.splits = parts_of(pixels.blocks(), pixels.N, call.K);
     const int64_t parts = map.B * call.splits;
     const Tensor sums = empty(q, {need[0] ? parts * call.rows * call.step : 0});
     if (need[0]) call.sums = mutable_data<A>(sums);
