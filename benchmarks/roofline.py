@@ -147,7 +147,7 @@ def predict(
     names = readable(p.kernel for p in planned)
     launches = [launch(gpu, p, names[p.kernel], kernels[names[p.kernel]]) for p in planned]
     mix = {kind: sum(a.mix.get(kind, 0) for a in launches) for kind in MIX}
-    unit = "tensor" if mix["matrix"] else "fp64" if mix["dfma"] > mix["ffma"] else "fp32"
+    unit = "tensor" if mix["matrix"] else "fp64" if dtype == "float64" else "fp32"
     tensor = gpu.wgmma * TENSOR_SHARE if mix["wgmma"] else min(gpu.mma, gpu.wgmma * TENSOR_SHARE)
     peak = {"tensor": tensor, "fp32": gpu.fp32, "fp64": gpu.fp64}[unit]
     flops, nbytes = case.cost(DTYPES[dtype])[mode]

@@ -76,7 +76,7 @@ def test_it_checks(found: dict[str, Any]) -> None:
 
 
 def test_it_times(found: dict[str, Any]) -> None:
-    assert len(found["times"]) == 4
+    assert len(found["times"]) == 8
     for row in found["times"]:
         assert {"fused", "eager", "channels_last"} <= set(row["seconds"]) == set(row["peak"])
         assert min(row["seconds"].values()) > 0 and min(row["peak"].values()) > 0

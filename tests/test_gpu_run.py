@@ -99,7 +99,7 @@ def test_the_report(measured, tmp_path, monkeypatch) -> None:
 
 
 def test_the_sanitizers_short_list_names_tests_of_the_contract() -> None:
-    """Both operators on the native backend; few, for a tool that slows them 50-fold."""
+    """Every operator on the native backend; few tests, for a tool that slows them 50-fold."""
     command = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider")
     done = subprocess.run(
         (*command, "tests/test_contract.py", "-k", gpu.SHORT_LIST),
@@ -110,4 +110,4 @@ def test_the_sanitizers_short_list_names_tests_of_the_contract() -> None:
     picked = [line for line in done.stdout.splitlines() if "::" in line]
     for operator in OPERATORS:
         assert any(operator in name and "native" in name for name in picked), done.stdout
-    assert len(picked) <= 16
+    assert len(picked) <= 4 * len(OPERATORS)

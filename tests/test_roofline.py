@@ -43,7 +43,7 @@ def test_blocks_that_an_sm_holds(registers, threads, shared, blocks) -> None:
 def test_the_roofline(figures, cost, unit, bound, seconds) -> None:
     case = SimpleNamespace(name="c", cost=lambda _: {"forward": cost})
     planned = SimpleNamespace(kernel="_Z1fv", grid=1320, threads=256, shared=0)
-    what = ("op", case, "float32", "nchw", "forward")
+    what = ("op", case, "float64" if unit == "fp64" else "float32", "nchw", "forward")
     made = roofline.predict("sm_90a", (what, [planned]), {"f": figures})
     assert (made.unit, made.bound) == (unit, bound)
     assert made.seconds == pytest.approx(seconds + roofline.LAUNCH, rel=1e-6)
