@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import pytest
 import torch
 import torch.utils._python_dispatch
 from torch import Tensor
@@ -23,6 +24,20 @@ def cases(name: str) -> tuple[Any, ...]:
 
 def case_of(op: str, name: str) -> Any:
     return next(case for case in cases(op) if case.name == name)
+
+
+def usable(request: pytest.FixtureRequest, op: str, device: str) -> str:
+    """The backend that a fixture is parametrised by, where it can run ``op``; else the test is
+    skipped, or, on the executor, fails: there it must."""
+    name: str = request.param
+    simt = request.config.getoption("--device") == "simt"
+    if simt and name != "native":
+        pytest.skip(f"{name}: not what --device=simt is for")
+    reason = segkernels.explain(op, **cases(op)[0].inputs(device=device))[name]
+    if reason is not None:
+        lacking = pytest.fail if simt else pytest.skip
+        lacking(f"{name}: {reason}")
+    return name
 
 
 def call(op: str, inputs: dict[str, Any], backend: str) -> tuple[Tensor, ...]:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import segkernels
 from segkernels import fused
 from tests.contract import (
     DTYPES,
@@ -29,6 +28,7 @@ from tests.contract import (
     leaves,
     map_of,
     typical,
+    usable,
     with_gradients,
 )
 from tests.views import VIEWS
@@ -42,14 +42,7 @@ CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPERATORS for 
 
 @pytest.fixture(params=FUSED)
 def backend(request: pytest.FixtureRequest, device: str) -> str:
-    name: str = request.param
-    if name != "native" and request.config.getoption("--device") == "simt":
-        pytest.skip(f"{name}: not what --device=simt is for")
-    reason = segkernels.explain(OPERATORS[0], **cases(OPERATORS[0])[0].inputs(device=device))
-    if reason[name] is not None:
-        lacking = pytest.fail if request.config.getoption("--device") == "simt" else pytest.skip
-        lacking(f"{name}: {reason[name]}")
-    return name
+    return usable(request, OPERATORS[0], device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,6 +12,7 @@ import torch
 
 import segkernels
 from benchmarks import baselines
+from benchmarks.work import as_tuple
 from segkernels import fused, timing
 
 
@@ -23,7 +24,7 @@ def extra(function: Callable[..., Any], inputs: dict[str, Any], train: bool) -> 
             y = function(**inputs)
         if not train:
             return y
-        y = y if isinstance(y, tuple) else (y,)
+        y = as_tuple(y)
         return torch.autograd.grad(y, leaves, [torch.ones_like(t) for t in y])
 
     for leaf in leaves:
