@@ -16,6 +16,8 @@ namespace segkernels {
 // Node arrays have rows for whole groups of nodes.
 inline int64_t node_rows(int64_t K) { return round_up(K, 4); }
 
+constexpr int64_t kSample = 16;  // nodes whose median is the centre
+
 // How many parts have sums of their own, of so many rows of nodes: together they are at most a quarter of the
 // pixels, where those are many.
 inline int64_t parts_of(int64_t blocks, int64_t pixels, int64_t rows) {

@@ -168,6 +168,25 @@ void square_norms(int64_t pixels, int64_t channels, Rows<const A> x, A* n) {
   for (int64_t t = 0; t < pixels; ++t) n[t] = dot(channels, x[t], x[t]);
 }
 
+// centre[c]: the (lower) median of at most kSample of the nodes [K, C]. It stays among most of them wherever
+// a few others are.
+template <class A>
+void median_node(const A* nodes, int64_t K, int64_t C, A* centre) {
+  const int64_t step = ceil_div(K, kSample), taken = ceil_div(K, step);
+  for (int64_t c = 0; c < C; c += Vec<A>::lanes) {
+    const Mask m = lane_range<A>(0, C - c);
+    Vec<A> sorted[kSample];
+    for (int64_t i = 0; i < taken; ++i) sorted[i] = load<A>(nodes + i * step * C + c, m);
+    for (int64_t pass = 0; pass < taken; ++pass)
+      for (int64_t i = pass % 2; i + 1 < taken; i += 2) {
+        const Vec<A> least = min(sorted[i], sorted[i + 1]);
+        sorted[i + 1] = max(sorted[i], sorted[i + 1]);
+        sorted[i] = least;
+      }
+    store(centre + c, sorted[(taken - 1) / 2], m);
+  }
+}
+
 // A thread's blocks of x and of two assignments.
 template <class A>
 struct Workspace {

@@ -15,26 +15,40 @@ struct Coefficient {
   D p, r, b;
 };
 constexpr int COEFFICIENT_THREADS = 256, COEFFICIENT_WARPS = COEFFICIENT_THREADS / WARP;
+constexpr int SAMPLE = 16;  // nodes whose median is the centre
 
-// One block per 32 channels: about the mean node, (p, r, b) = of(k, c, w_kc − centre_c). The lanes of a warp
+// The (lower) median of at most SAMPLE of the nodes in a channel. It stays among most of them wherever a few
+// others are.
+template <class A>
+__device__ inline A median_node(const A* __restrict__ w, int nodes, int channels) {
+  const int step = (nodes + SAMPLE - 1) / SAMPLE, taken = (nodes + step - 1) / step;
+  A sorted[SAMPLE], median = 0;
+#pragma unroll
+  for (int i = 0; i < SAMPLE; ++i) sorted[i] = i < taken ? w[int64_t(i) * step * channels] : A(INFINITY);
+#pragma unroll
+  for (int pass = 0; pass < SAMPLE; ++pass)
+#pragma unroll
+    for (int i = pass % 2; i + 1 < SAMPLE; i += 2) {
+      const A least = min(sorted[i], sorted[i + 1]);
+      sorted[i + 1] = max(sorted[i], sorted[i + 1]);
+      sorted[i] = least;
+    }
+#pragma unroll
+  for (int i = 0; i < SAMPLE; ++i)
+    if (i == (taken - 1) / 2) median = sorted[i];
+  return median;
+}
+
+// One block per 32 channels: about the median node, (p, r, b) = of(k, c, w_kc − centre_c). The lanes of a warp
 // are channels, its nodes every eighth. Computed in double, whose rounding is lost in that of the results.
 template <class A, class F>
 __device__ inline void write_coefficients(const A* __restrict__ w, int nodes, int channels,
-                                          const Coefficients<A>& out,
-                                          double (&strand)[COEFFICIENT_WARPS][WARP], F of) {
-  constexpr int WARPS = COEFFICIENT_WARPS;
+                                          const Coefficients<A>& out, F of) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, c = blockIdx.x * WARP + lane;
   const bool there = c < channels;
-  double sum = 0;
-  if (there)
-    for (int k = warp; k < nodes; k += WARPS) sum += w[int64_t(k) * channels + c];
-  strand[warp][lane] = sum;
-  __syncthreads();
-  sum = 0;
-  for (int i = 0; i < WARPS; ++i) sum += strand[i][lane];
-  const A centre = A(sum / nodes);
+  const A centre = there ? median_node(w + c, nodes, channels) : A(0);
   if (there && warp == 0) out.centre[c] = centre;
-  for (int k = warp; k < nodes; k += WARPS) {
+  for (int k = warp; k < nodes; k += COEFFICIENT_WARPS) {
     Coefficient<double> made = {0, 0, 0};
     const int64_t at = int64_t(k) * channels + c;
     if (there) {

@@ -11,7 +11,7 @@ struct Codewords {
   int64_t C, step;
   const A *codewords, *s;  // [K, C], [K]
   A shared;                // the scale that all have in common
-  A* centre;               // [C], the mean codeword
+  A* centre;               // [C], the median codeword
   A *c, *p, *r, *b;        // codewords about the centre, the quadratic form
 };
 

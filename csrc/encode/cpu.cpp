@@ -30,8 +30,7 @@ struct Form {
     const A shared = std::max(*least, A(0)) + std::min(*most, A(0));
     codewords = {C,       step,   given, scale, shared, take(step), take(rows * step), take(rows * step),
                  take(K), take(K)};
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t i = 0; i < C; ++i) codewords.centre[i] += given[k * C + i] / K;
+    SEGKERNELS_BY_ISA(simd::median_node(given, K, C, codewords.centre))
     parallel_for(K, 4 * C, [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ISA(for (int64_t k = first; k < last; ++k) simd::quadratic_row(codewords, k))
     });

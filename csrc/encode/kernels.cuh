@@ -11,11 +11,10 @@ template <class A>
 __global__ void __launch_bounds__(COEFFICIENT_THREADS, 1)
     encode_coefficients_kernel(const A* __restrict__ c, const A* __restrict__ s, int nodes, int channels,
                                Coefficients<A> out) {
-  __shared__ double strand[COEFFICIENT_WARPS][WARP];
   double least = s[0], most = s[0];
   for (int k = 1; k < nodes; ++k) least = min(least, double(s[k])), most = max(most, double(s[k]));
   const double shared = max(least, 0.0) + min(most, 0.0);
-  write_coefficients(c, nodes, channels, out, strand, [&](int k, int, double c) {
+  write_coefficients(c, nodes, channels, out, [&](int k, int, double c) {
     return Coefficient<double>{-2 * s[k] * c, s[k] - shared, s[k] * c * c};
   });
 }

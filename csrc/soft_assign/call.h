@@ -12,7 +12,7 @@ template <class A>
 struct Nodes {
   int64_t C, step;
   const A *anchors, *scales;  // [K, C]
-  A *centre, *shared;         // [C]: mean of the anchors, least 1/s²
+  A *centre, *shared;         // [C]: median of the anchors, least 1/s²
   A *w, *g, *p, *r, *b;       // anchors about the centre, 1/s², the quadratic form
 };
 

@@ -38,17 +38,7 @@ struct Form {
              take(rows * step),
              take(rows * step),
              take(K)};
-    for (int64_t c = 0; c < C; ++c) {
-      double sum = 0;
-      A least = std::numeric_limits<A>::infinity();
-      for (int64_t k = 0; k < K; ++k) {
-        const A g = 1 / (nodes.scales[k * C + c] * nodes.scales[k * C + c]);
-        sum += nodes.anchors[k * C + c];
-        least = std::min(least, g);
-      }
-      nodes.centre[c] = A(sum / K);
-      nodes.shared[c] = least;
-    }
+    SEGKERNELS_BY_ISA(simd::common_rows(nodes, K))
     parallel_for(K, 8 * C, [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ISA(for (int64_t k = first; k < last; ++k) simd::quadratic_row(nodes, k))
     });

@@ -9,7 +9,22 @@ namespace SEGKERNELS_ISA {
 
 using namespace soft_assignment;
 
-// w̃, g = 1/s², p, r, b of node k; centre and shared = min_k g are known.
+// centre and shared = min_k 1/s².
+template <class A>
+void common_rows(const Nodes<A>& n, int64_t K) {
+  median_node(n.anchors, K, n.C, n.centre);
+  for (int64_t c = 0; c < n.C; c += Vec<A>::lanes) {
+    const Mask m = lane_range<A>(0, n.C - c);
+    Vec<A> most = splat(A(0));
+    for (int64_t k = 0; k < K; ++k) {
+      const Vec<A> s = load<A>(n.scales + k * n.C + c, m);
+      most = max(s * s, most);
+    }
+    store(n.shared + c, Vec<A>{splat(A(1)).v / most.v}, m);
+  }
+}
+
+// w̃, g = 1/s², p, r, b of node k; centre and shared are known.
 template <class A>
 void quadratic_row(const Nodes<A>& n, int64_t k) {
   const A *w = n.anchors + k * n.C, *s = n.scales + k * n.C;

@@ -11,7 +11,6 @@ template <class A>
 __global__ void __launch_bounds__(COEFFICIENT_THREADS, 1)
     soft_assign_coefficients_kernel(const A* __restrict__ w, const A* __restrict__ s, int nodes, int channels,
                                     Coefficients<A> out) {
-  __shared__ double strand[COEFFICIENT_WARPS][WARP];
   const int c = blockIdx.x * WARP + threadIdx.x % WARP;
   const auto precision = [&](int k) {
     const double scale = s[int64_t(k) * channels + c];
@@ -20,7 +19,7 @@ __global__ void __launch_bounds__(COEFFICIENT_THREADS, 1)
   double least = INFINITY;
   if (c < channels)
     for (int k = 0; k < nodes; ++k) least = min(least, precision(k));
-  write_coefficients(w, nodes, channels, out, strand, [&](int k, int, double w) {
+  write_coefficients(w, nodes, channels, out, [&](int k, int, double w) {
     const double g = precision(k);
     return Coefficient<double>{w * g, -0.5 * (g - least), -0.5 * w * w * g};
   });

@@ -16,7 +16,11 @@ import triton.language as tl
 
 from segkernels.fused import accumulation_dtype
 from segkernels.ops import layouts, tiles
+from segkernels.ops.nodes import SAMPLE
 from segkernels.ops.tiles import aligned
+
+
+SAMPLED = tl.constexpr(SAMPLE)
 
 
 class Sums(NamedTuple):
@@ -41,6 +45,17 @@ def centred(x, centre, strides, sample, n, c, N, C, ALIGN: tl.constexpr):
 def of_nodes(table, k, c, K, C):
     """The table's [K, C] over nodes k and channels c, on whichever axes these lie."""
     return tl.load(table + k * C + c, mask=(k < K) & (c < C), other=0.0)
+
+
+@triton.jit
+def median_node(table, c, K, C):
+    """The centre of the table's [K, C] in channels c, as `centre_of`."""
+    step = tl.cdiv(K, SAMPLED)
+    taken = tl.cdiv(K, step)
+    i = tl.arange(0, SAMPLED)[None, :]
+    at = i * step * C + c[:, None]
+    sample = tl.load(table + at, mask=(i < taken) & (c[:, None] < C), other=float("inf"))
+    return tl.sum(tl.where(i == (taken - 1) // 2, tl.sort(sample), 0.0), axis=1)
 
 
 @triton.jit

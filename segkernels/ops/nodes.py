@@ -1,4 +1,4 @@
-"""What operators over pixels and nodes share: checks of arguments, limits of the kernels."""
+"""What operators over pixels and nodes share: checks of arguments, limits of the kernels, the centre."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from segkernels.fused import UnsupportedInputError
 
 # What the fused kernels take, which is what networks use. The reference has no limit.
 LARGEST = 256
+
+
+# The median of so many nodes tells where most of all of them are.
+SAMPLE = 16
+
+
+def centre_of(nodes: Tensor) -> Tensor:
+    """Among most of the nodes [K, C], channel by channel: the (lower) median of some of them.
+
+    The point about which squares are expanded. No result depends on it but for rounding, which
+    grows with what lies far from it; one node far from all others does not move it, as it would
+    move the mean.
+    """
+    sample = nodes.detach()[:: -(-len(nodes) // SAMPLE)]
+    return sample.median(0).values
 
 
 def check_nodes(op: str, features: Tensor, **nodes: Tensor) -> None:

@@ -98,6 +98,16 @@ def test_no_cancellation_far_away(far: str, backend: str, device: str) -> None:
     same(e / expected.abs().max(), expected / expected.abs().max(), 2e-5)
 
 
+@pytest.mark.parametrize("at", [1000.0, -1000.0], ids=str)
+def test_one_codeword_far_from_the_others(at: float, backend: str, device: str) -> None:
+    """The others keep their accuracy: what is rounded does not grow with the far one."""
+    x, c, s = draw(device, torch.float32)
+    c[2] = at
+    e = segkernels.encode(x, c, s, backend=backend)
+    near = [0, 1, 3, 4]
+    same(e[:, near], written(x.double(), c.double(), s.double())[:, near], 2e-4)
+
+
 def test_equal_pixels_add_up(backend: str, device: str) -> None:
     """A map of N equal pixels is N times one pixel; the masses of one pixel are one."""
     x, c, s = draw(device)

@@ -130,6 +130,18 @@ def test_no_cancellation_far_away(far: str, backend: str, device: str) -> None:
     same(q, written(x.double(), w.double(), s.double())[1], 2e-5)
 
 
+@pytest.mark.parametrize("at", [1000.0, -1000.0], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_anchor_far_from_the_others(
+    dtype: torch.dtype, at: float, backend: str, device: str
+) -> None:
+    """The others keep their accuracy: what is rounded does not grow with the far one."""
+    x, w, s = draw(device, dtype)
+    w[2] = at
+    _, q = segkernels.soft_assign(x, w, s, backend=backend)
+    same(q, written(x.double(), w.double(), s.double())[1], 2e-5)
+
+
 def test_scaling_everything_changes_nothing(backend: str, device: str) -> None:
     x, w, s = draw(device)
     for got, expected in zip(

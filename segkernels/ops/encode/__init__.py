@@ -5,7 +5,7 @@ r"""Residual encoding of a map by learned codewords: the encoding layer of EncNe
     e_k = \sum_i q_{ik} \, (x_i - c_k)
 
 No tensor over pixels, codewords and channels exists, forward or backward. The square is expanded
-about the mean codeword c̄, to which nothing in the equations is tied but rounding, and what all
+about the median codeword c̄, to which nothing in the equations is tied but rounding, and what all
 codewords share is left out; with x̃ = x - c̄, c̃ = c - c̄, m_k = Σ_i q_ik:
 
 .. math::

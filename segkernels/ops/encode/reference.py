@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from segkernels.fused import accumulation_dtype, memory_format
+from segkernels.ops.nodes import centre_of
 
 
 def encode(x: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    centre = c.detach().mean(0)  # the result is the same about every point, but for rounding
+    centre = centre_of(c)
     c = c - centre
     t = x.flatten(2).to(accumulation_dtype(x.dtype)) - centre[:, None]  # [B, C, N]
     # a square that all codewords have in common cancels in the softmax

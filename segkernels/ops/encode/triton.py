@@ -8,7 +8,7 @@ import triton.language as tl
 
 from segkernels.ops import assignment, node_sums, tiles
 from segkernels.ops.assignment import Logits
-from segkernels.ops.node_sums import of_nodes, total
+from segkernels.ops.node_sums import median_node, of_nodes, total
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def encode_logits_kernel(
     k, at = nodes[:, None], channels[None, :]
     live = (k < K) & (at < C)
     words = of_nodes(c, k, at, K, C)
-    middle = tl.sum(words, axis=0) / K
+    middle = median_node(c, channels, K, C)
     words = tl.where(live, words - middle[None, :], 0.0)
     strength = tl.load(s + nodes, mask=nodes < K, other=0.0)
     tl.store(centre + channels, middle, mask=channels < C)

@@ -8,8 +8,8 @@ convolutional unit.
     z'_k = \frac{e_k / s_k}{m_k + \varepsilon} \qquad z_k = z'_k / \|z'_k\|_2
 
 No tensor over pixels, nodes and channels exists, forward or backward. The square is expanded about
-the mean node w̄, to which nothing in the equations is tied but rounding, and what all nodes share is
-left out, since the softmax over nodes does not see it; with x̃ = x - w̄, w̃ = w - w̄:
+the median node w̄, to which nothing in the equations is tied but rounding, and what all nodes share
+is left out, since the softmax over nodes does not see it; with x̃ = x - w̄, w̃ = w - w̄:
 
 .. math::
     \log q_{ik} = \langle p_k, \tilde x_i \rangle + \langle r_k, \tilde x_i^2 \rangle + b_k +

@@ -4,12 +4,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segkernels.fused import accumulation_dtype, memory_format
+from segkernels.ops.nodes import centre_of
 
 
 def soft_assign(
     x: Tensor, w: Tensor, s: Tensor, average: bool, normalise: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    centre = w.detach().mean(0)  # the result is the same about every point, but for rounding
+    centre = centre_of(w)
     w = w - centre
     t = x.flatten(2).to(accumulation_dtype(x.dtype)) - centre[:, None]  # [B, C, N]
     g = s**-2  # [K, C]

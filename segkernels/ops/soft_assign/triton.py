@@ -12,7 +12,7 @@ import triton.language as tl
 
 from segkernels.ops import assignment, node_sums, tiles
 from segkernels.ops.assignment import Logits
-from segkernels.ops.node_sums import of_nodes, total
+from segkernels.ops.node_sums import median_node, of_nodes, total
 
 SHORTEST = tl.constexpr(1e-12)  # a shorter node is divided by this
 
@@ -36,7 +36,7 @@ def soft_assign_logits_kernel(
     k, c = nodes[:, None], channels[None, :]
     live = (k < K) & (c < C)
     anchors = of_nodes(w, k, c, K, C)
-    middle = tl.sum(anchors, axis=0) / K
+    middle = median_node(w, channels, K, C)
     away = tl.where(live, anchors - middle[None, :], 0.0)
     scales = tl.load(s + k * C + c, mask=live, other=1.0)
     precision = 1 / (scales * scales)
