@@ -39,8 +39,9 @@ __device__ inline A median_node(const A* __restrict__ w, int nodes, int channels
   return median;
 }
 
-// One block per 32 channels: about the median node, (p, r, b) = of(k, c, w_kc − centre_c). The lanes of a warp
-// are channels, its nodes every eighth. Computed in double, whose rounding is lost in that of the results.
+// One block per 32 channels: about the median node, (p, r, b) = of(k, c, w_kc − centre_c). The lanes of a
+// warp are channels, its nodes every eighth. Computed in double, whose rounding is lost in that of the
+// results.
 template <class A, class F>
 __device__ inline void write_coefficients(const A* __restrict__ w, int nodes, int channels,
                                           const Coefficients<A>& out, F of) {

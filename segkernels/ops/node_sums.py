@@ -19,7 +19,6 @@ from segkernels.ops import layouts, tiles
 from segkernels.ops.nodes import SAMPLE
 from segkernels.ops.tiles import aligned
 
-
 SAMPLED = tl.constexpr(SAMPLE)
 
 
