@@ -1,4 +1,4 @@
-"""What operators over pixels and nodes share: checks of arguments, limits of the kernels, a centre."""
+"""What operators over pixels and nodes share: checks of arguments, limits of kernels, a centre."""
 
 from __future__ import annotations
 
