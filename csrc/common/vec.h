@@ -75,50 +75,49 @@ SEGKERNELS_INLINE Mask lane_range(int64_t first, int64_t last) {
 template <class A>
 constexpr Mask all_lanes = Mask((uint64_t(1) << Vec<A>::lanes) - 1);
 
-// r[i][j] ↔ r[j][i] by exchanging blocks of 1, 2, 4, … lanes.
-template <class A>
-SEGKERNELS_INLINE void transpose(Vec<A> r[Vec<A>::lanes]) {
-  constexpr int64_t n = Vec<A>::lanes;
+// For every lane l, the lane of(l) of two vectors beside each other. Indices made at run time would cost more
+// than what they are for.
+template <class A, class F, int64_t... l>
+SEGKERNELS_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b, F of, std::integer_sequence<int64_t, l...>) {
   typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> I;
   typedef I Index __attribute__((vector_size(SEGKERNELS_VECTOR_BYTES)));
-#pragma GCC unroll 4
-  for (int64_t s = 1; s < n; s *= 2) {
-    Index low, high;
+  constexpr Index lanes = {I(of(l))...};
+  return {__builtin_shuffle(a.v, b.v, lanes)};
+}
+template <class A, class F>
+SEGKERNELS_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b, F of) {
+  return shuffle(a, b, of, std::make_integer_sequence<int64_t, Vec<A>::lanes>());
+}
+
+// r[i][j] ↔ r[j][i] by exchanging blocks of s = 1, 2, 4, … lanes.
+template <int64_t s = 1, class A>
+SEGKERNELS_INLINE void transpose(Vec<A> r[Vec<A>::lanes]) {
+  constexpr int64_t n = Vec<A>::lanes;
 #pragma GCC unroll 16
-    for (int64_t l = 0; l < n; ++l) {
-      low[l] = l & s ? n + l - s : l;
-      high[l] = l & s ? n + l : l + s;
+  for (int64_t i = 0; i < n; ++i)
+    if (!(i & s)) {
+      const Vec<A> a = r[i], b = r[i + s];
+      r[i] = shuffle(a, b, [](int64_t l) { return l & s ? n + l - s : l; });
+      r[i + s] = shuffle(a, b, [](int64_t l) { return l & s ? n + l : l + s; });
     }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < n; ++i)
-      if (!(i & s)) {
-        const Vec<A> a = r[i], b = r[i + s];
-        r[i].v = __builtin_shuffle(a.v, b.v, low);
-        r[i + s].v = __builtin_shuffle(a.v, b.v, high);
-      }
-  }
+  if constexpr (2 * s < n) transpose<2 * s>(r);
 }
 
 // The sums of each of as many vectors as there are lanes, in a fixed order: lane i of the result is
 // sum(r[i]).
+template <int64_t s, class A>
+SEGKERNELS_INLINE Vec<A> sums_of(Vec<A> r[2 * s]) {
+  constexpr int64_t n = Vec<A>::lanes;
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < s; ++i)
+    r[i] = shuffle(r[i], r[i + s], [](int64_t l) { return l & s ? n + l : l; }) +
+           shuffle(r[i], r[i + s], [](int64_t l) { return l & s ? n + l - s : l + s; });
+  if constexpr (s > 1) return sums_of<s / 2>(r);
+  return r[0];
+}
 template <class A>
 SEGKERNELS_INLINE Vec<A> sums(Vec<A> r[Vec<A>::lanes]) {
-  constexpr int64_t n = Vec<A>::lanes;
-  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> I;
-  typedef I Index __attribute__((vector_size(SEGKERNELS_VECTOR_BYTES)));
-#pragma GCC unroll 4
-  for (int64_t s = n / 2; s > 0; s /= 2) {
-    Index kept, folded;
-#pragma GCC unroll 16
-    for (int64_t l = 0; l < n; ++l) {
-      kept[l] = l & s ? n + l : l;
-      folded[l] = l & s ? n + l - s : l + s;
-    }
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < s; ++i)
-      r[i].v = __builtin_shuffle(r[i].v, r[i + s].v, kept) + __builtin_shuffle(r[i].v, r[i + s].v, folded);
-  }
-  return r[0];
+  return sums_of<Vec<A>::lanes / 2>(r);
 }
 
 // -- fma ------------------------------------------------------------------------------------------

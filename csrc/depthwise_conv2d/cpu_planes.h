@@ -167,26 +167,19 @@ void narrow_row(const A* from, int64_t n, T* to) {
   if (i < n) store(to + i, load<A>(from + i, lane_range<A>(0, n - i)), lane_range<A>(0, n - i));
 }
 
-template <class A>
-using LaneIndex = decltype(typename Vec<A>::Native() == typename Vec<A>::Native());
-
 // The even and the odd ones of 2·lanes consecutive numbers, and back. Pairs of bfloat16 are loaded so.
 template <class T>
 SEGKERNELS_INLINE Pair<T> split(Pair<T> x) {
   if (std::is_same_v<T, bfloat16>) return x;
-  LaneIndex<acc_t<T>> even, odd;
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < Vec<acc_t<T>>::lanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-  return {{__builtin_shuffle(x.lo.v, x.hi.v, even)}, {__builtin_shuffle(x.lo.v, x.hi.v, odd)}};
+  return {shuffle(x.lo, x.hi, [](int64_t l) { return 2 * l; }),
+          shuffle(x.lo, x.hi, [](int64_t l) { return 2 * l + 1; })};
 }
 template <class T>
 SEGKERNELS_INLINE Pair<T> join(Pair<T> x) {
   if (std::is_same_v<T, bfloat16>) return x;
-  constexpr int64_t L = Vec<acc_t<T>>::lanes;
-  LaneIndex<acc_t<T>> low, high;
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < L; ++i) low[i] = i / 2 + i % 2 * L, high[i] = low[i] + L / 2;
-  return {{__builtin_shuffle(x.lo.v, x.hi.v, low)}, {__builtin_shuffle(x.lo.v, x.hi.v, high)}};
+  constexpr int64_t n = Vec<acc_t<T>>::lanes;
+  return {shuffle(x.lo, x.hi, [](int64_t l) { return l / 2 + l % 2 * n; }),
+          shuffle(x.lo, x.hi, [](int64_t l) { return l / 2 + l % 2 * n + n / 2; })};
 }
 
 // Columns c, c + s, … of a row of W to part c, and back; parts are `part` numbers apart. `line` [W] is
