@@ -1,7 +1,7 @@
 """Training and evaluation of segmentation networks: one loop for all that map images to logits.
 
-A network that in training also returns logits of which classes an image has (EncNet: ``Logits``)
-gets the semantic encoding loss beside the pixels' cross entropy, times ``Recipe.presence``.
+A network that learns more than its pixels' classes returns ``Logits`` in training (EncNet; any
+network with an auxiliary head): every loss is added with the weight that the network declares.
 
 A run is decided by its seed: the order of the samples and their flips come from a generator of
 their own, and PyTorch's generator (dropout) is seeded for the run and put back afterwards.
@@ -31,7 +31,6 @@ class Recipe:
     """How to train; the rate rises over `warmup` steps and falls as (1 − step/steps)^power, "poly".
 
     batch: images a step. flip: batches are mirrored and transposed at random, one of eight ways.
-    presence: weight of the loss of the classes' presence, where the network returns it.
     """
 
     steps: int
@@ -43,7 +42,6 @@ class Recipe:
     power: float = 0.9
     warmup: int = 20
     flip: bool = True
-    presence: float = 0.2
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -69,7 +67,7 @@ def train(
     recipe: Recipe,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[float]:
-    """Minimise the cross entropy of `model` on `data`, in place; returns the loss of every step.
+    """Minimise `training_loss` of `model` on `data`, in place; returns the loss of every step.
 
     model: images [B, 3, H, W] to logits [B, K, H, W], or to `Logits`; it is left in training mode,
     where its parameters are. data: pairs of image [3, H, W] and label [H, W] (int64; 255 is
@@ -87,7 +85,7 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             logits = model(images.to(device, memory_format=torch.channels_last))
-            loss = _loss(logits, labels.to(device), recipe)
+            loss = training_loss(logits, labels.to(device))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -101,11 +99,21 @@ def train(
     return losses
 
 
-def _loss(logits: Tensor | Logits, labels: Tensor, recipe: Recipe) -> Tensor:
-    pixels = logits.pixels if isinstance(logits, Logits) else logits
-    loss = F.cross_entropy(pixels, labels, ignore_index=IGNORE)
-    if isinstance(logits, Logits):
-        loss = loss + recipe.presence * semantic_encoding_loss(logits.presence, labels, IGNORE)
+def training_loss(logits: Tensor | Logits, labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
+    """What a network in training is to minimise: its pixels' cross entropy and, times the weights
+    that come with them, the semantic encoding loss and the auxiliary head's cross entropy.
+
+    logits: what the network returned. labels: [B, H, W], int64.
+    """
+    if not isinstance(logits, Logits):
+        logits = Logits(logits)
+    loss = F.cross_entropy(logits.pixels, labels, ignore_index=ignore_index)
+    if logits.presence is not None:
+        presence, weight = logits.presence
+        loss = loss + weight * semantic_encoding_loss(presence, labels, ignore_index)
+    if logits.auxiliary is not None:
+        pixels, weight = logits.auxiliary
+        loss = loss + weight * F.cross_entropy(pixels, labels, ignore_index=ignore_index)
     return loss
 
 

@@ -32,6 +32,7 @@ from segkernels.nn.aspp import pyramid
 from segkernels.nn.chain import run
 from segkernels.nn.enc_module import emphasised
 from segkernels.nn.encoding import Encoding as _Encoding
+from segkernels.nn.laterals import with_laterals
 
 CROSS_ENTROPY: Config = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0}
 SE_LOSS: Config = {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 0.2}
@@ -278,13 +279,9 @@ class EncHead(BaseDecodeHead):
         *others, last = self._transform_inputs(inputs)
         feat = self.bottleneck(last)
         if self.add_lateral:
-            laterals = [
-                F.interpolate(
-                    conv(x), feat.shape[-2:], mode="bilinear", align_corners=self.align_corners
-                )
-                for conv, x in zip(self.lateral_convs, others, strict=True)
-            ]
-            feat = self.fusion(torch.cat([feat, *laterals], 1))
+            feat = with_laterals(
+                feat, others, self.lateral_convs, self.fusion, align_corners=self.align_corners
+            )
         encoded, feat = self.enc_module(feat)
         logits = self.cls_seg(feat)
         return (logits, self.se_layer(encoded)) if self.use_se_loss else logits

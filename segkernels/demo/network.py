@@ -34,10 +34,11 @@ def build(seed: int, backend: str | None) -> nn.Module:
     """Images [B, 3, H, W] to logits [B, K, H, W]; the ASPP's rates fit the 4x4 map of a scene."""
     torch.manual_seed(seed)
     trunk = build_backbone("resnet18", output_stride=16, width=16, backend=backend)
-    gcu = GCU(trunk.channels, 32, nodes=(2, 4), norm=nn.BatchNorm2d, backend=backend)
+    low_level, *_, deep = trunk.channels
+    gcu = GCU(deep, 32, nodes=(2, 4), norm=nn.BatchNorm2d, backend=backend)
     decode = DeepLabV3PlusHead(
         gcu.out_channels,
-        trunk.low_level_channels,
+        low_level,
         len(CLASSES),
         channels=64,
         low_level_width=24,

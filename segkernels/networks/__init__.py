@@ -10,6 +10,7 @@ from segkernels.networks.encnet import encnet
 from segkernels.networks.gcunet import gcunet
 from segkernels.networks.segmenter import Logits as Logits
 from segkernels.networks.segmenter import Segmenter as Segmenter
+from segkernels.networks.segmenter import Weighted as Weighted
 
 NETWORKS: dict[str, Callable[..., Segmenter]] = {
     "deeplabv3plus": deeplabv3plus,
@@ -21,8 +22,9 @@ NETWORKS: dict[str, Callable[..., Segmenter]] = {
 def build(name: str, num_classes: int, **options: Any) -> Segmenter:
     """A network by name: ``build("deeplabv3plus", num_classes=21, backbone="resnet50")``.
 
-    The options are those of the function of that name; unknown ones raise TypeError, an unknown
-    name ValueError.
+    The options are those of the function of that name, of its head, and what every network can be
+    told (:func:`segkernels.networks.segmenter.assemble`: backbone, weights, auxiliary head, norm,
+    …); unknown ones raise TypeError, an unknown name ValueError.
     """
     if name not in list(NETWORKS):  # which takes a name of any kind
         raise ValueError(

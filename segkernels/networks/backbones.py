@@ -29,7 +29,7 @@ def build_backbone(
     norm: NormClass = nn.BatchNorm2d,
     backend: str | None = None,
 ) -> ResNet | Xception65:
-    """A backbone: image [B, in_channels, H, W] to Features. See :func:`deeplabv3plus`."""
+    """A backbone: image [B, in_channels, H, W] to Features. See :func:`assemble`."""
     if name not in NAMES:
         raise ValueError(f"no such backbone\n  backbone: {name!r}\n  known: {', '.join(NAMES)}")
     if not isinstance(output_stride, Integral) or output_stride not in (8, 16, 32):

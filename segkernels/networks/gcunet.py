@@ -7,13 +7,12 @@ Source: Li and Gupta, "Beyond Grids: Learning Graph Representations for Visual R
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from segkernels.networks.backbones import build_backbone
-from segkernels.networks.segmenter import Segmenter
+from segkernels.networks.segmenter import Segmenter, assemble
 from segkernels.nn import GCU
 from segkernels.nn.arguments import NormClass, check_positive
 from segkernels.nn.aspp import conv_norm_activation
@@ -22,8 +21,11 @@ from segkernels.nn.aspp import conv_norm_activation
 class GCUHead(nn.Module):
     """3x3 convolution, graphs side by side concatenated with their input, classifier.
 
-    Arguments: as of :func:`gcunet`. ``forward(low_level, deep)``: the deep features [B, C, H, W] to
-    logits [B, num_classes, H, W]. Children: ``reduce``, ``gcu``, ``dropout``, ``classify``.
+    in_channels, num_classes: C, number of classes. channels: of the features that the graphs stand
+    over. graph_channels, nodes: channels and number of nodes of each graph.
+
+    Input: the deep features [B, C, H, W], logits [B, num_classes, H, W]. Children: ``reduce``,
+    ``gcu``, ``dropout``, ``classify``.
     """
 
     def __init__(
@@ -47,59 +49,22 @@ class GCUHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Conv2d(self.gcu.out_channels, num_classes, 1)
 
-    def forward(self, low_level: Tensor, deep: Tensor) -> Tensor:
+    def forward(self, deep: Tensor) -> Tensor:
         return self.classify(self.dropout(self.gcu(self.reduce(deep))))
 
     @torch.no_grad()
-    def init_from(self, low_level: Tensor, deep: Tensor, *, seed: int = 0) -> None:
+    def init_from(self, deep: Tensor, *, seed: int = 0) -> None:
         """The graphs' anchors and scales from the features of some images; see
         :meth:`segkernels.nn.GraphProjection.init_from`.
         """
         self.gcu.init_from(self.reduce(deep), seed=seed)
 
 
-def gcunet(
-    num_classes: int,
-    *,
-    backbone: str = "resnet50",
-    output_stride: int = 8,
-    weights: str | Path | None = None,
-    in_channels: int = 3,
-    multigrid: Sequence[int] | None = None,
-    width: int | None = None,
-    channels: int = 512,
-    graph_channels: int = 256,
-    nodes: Sequence[int] = (2, 4, 8, 32),
-    dropout: float = 0.1,
-    norm: NormClass = nn.BatchNorm2d,
-    align_corners: bool = False,
-    backend: str | None = None,
-) -> Segmenter:
+def gcunet(num_classes: int, *, output_stride: int = 8, **options: Any) -> Segmenter:
     """A backbone and a :class:`GCUHead`.
 
-    channels: of the features that the graphs stand over. graph_channels, nodes: channels and number
-    of nodes of each graph. The rest: as of :func:`deeplabv3plus`. The paper begins from clusters of
-    the features of a backbone that is already trained, once:
-    ``network.head.init_from(*network.backbone(images))``.
+    options: of :class:`GCUHead`; the rest: as of :func:`segkernels.networks.segmenter.assemble`.
+    The paper begins from clusters of the features of a backbone that is already trained, once:
+    ``network.head.init_from(network.backbone(images).deep)``.
     """
-    trunk = build_backbone(
-        backbone,
-        output_stride=output_stride,
-        in_channels=in_channels,
-        multigrid=multigrid,
-        width=width,
-        weights=weights,
-        norm=norm,
-        backend=backend,
-    )
-    head = GCUHead(
-        trunk.channels,
-        num_classes,
-        channels=channels,
-        graph_channels=graph_channels,
-        nodes=nodes,
-        dropout=dropout,
-        norm=norm,
-        backend=backend,
-    )
-    return Segmenter(trunk, head, align_corners=align_corners)
+    return assemble(GCUHead, num_classes, stages=(3,), output_stride=output_stride, **options)

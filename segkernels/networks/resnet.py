@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from segkernels.networks.segmenter import Features
+from segkernels.networks.features import Features
 from segkernels.nn.arguments import NormClass, check_positive, norm_maker, unit_rates
 
 
@@ -69,13 +69,13 @@ RESNETS: dict[str, tuple[Block, tuple[int, ...]]] = {
 
 
 class ResNet(nn.Module):
-    """[B, in_channels, H, W] to the outputs of ``layer1`` (stride 4) and ``layer4``
+    """[B, in_channels, H, W] to the outputs of ``layer1`` (stride 4) to ``layer4``
     (output_stride).
 
     name: of RESNETS. output_stride: 8, 16 or 32; past it strides become rates (the first unit of a
     stage keeps the rate of the stage before, as torchvision does, unless there is a multigrid).
     multigrid: the unit rates of layer4's blocks. width: channels of the stem and of layer1 (64 as
-    published), doubled by every stage. ``channels``, ``low_level_channels``: of the two outputs.
+    published), doubled by every stage. ``channels``: of the four outputs.
     """
 
     layer1: nn.Sequential
@@ -115,14 +115,15 @@ class ResNet(nn.Module):
                 blocks.append(block(channels, width << (i - 1), 1 if j else step, at * unit, norm))
                 channels = (width << (i - 1)) * block.expansion
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
-        self.low_level_channels = width * block.expansion
-        self.channels = channels
+        self.channels = tuple((width << i) * block.expansion for i in range(4))
         self._initialise()
 
     def forward(self, x: Tensor) -> Features:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         low_level = self.layer1(x)
-        return Features(low_level, self.layer4(self.layer3(self.layer2(low_level))))
+        second = self.layer2(low_level)
+        third = self.layer3(second)
+        return Features(low_level, second, third, self.layer4(third))
 
     def _initialise(self) -> None:
         for part in self.modules():

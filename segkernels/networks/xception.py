@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from segkernels.networks.segmenter import Features
+from segkernels.networks.features import Features
 from segkernels.nn import SeparableConv2d
 from segkernels.nn.arguments import NormClass, check_positive, norm_maker, unit_rates
 
@@ -72,20 +72,19 @@ class Block(nn.Module):
 
 
 class Xception65(nn.Module):
-    """[B, in_channels, H, W] to the second convolution of entry block 2 (stride 4) and the last
-    block's.
+    """[B, in_channels, H, W] to the outputs of the second convolution of entry block 2 (stride 4),
+    of this block (stride 8), of the middle flow and of the last block.
 
     output_stride: 8, 16 or 32; past it strides become rates. multigrid: unit rates of the last
-    block's convolutions. norm: eps 1e-3 by default, as published. ``channels``,
-    ``low_level_channels``: of the two outputs. Images in [-1, 1].
+    block's convolutions. norm: eps 1e-3 by default, as published. ``channels``: of the four
+    outputs. Images in [-1, 1].
 
     With the published weights the features are the published ones. What training begins with is
     torch's: initial weights (published: truncated normal, deviation 0.09) and momentum (0.1;
     published: 0.0003).
     """
 
-    channels = 2048
-    low_level_channels = 256
+    channels = (256, 256, 728, 2048)
 
     def __init__(
         self,
@@ -152,7 +151,11 @@ class Xception65(nn.Module):
     def forward(self, x: Tensor) -> Features:
         x = self.stem(x)
         x, _ = self.entry[0](x)
-        x, low_level = self.entry[1](x)
-        for block in (self.entry[2], *self.middle, *self.exit):
+        second, low_level = self.entry[1](x)
+        third = self._through(second, self.entry[2], *self.middle)
+        return Features(low_level, second, third, self._through(third, *self.exit))
+
+    def _through(self, x: Tensor, *blocks: nn.Module) -> Tensor:
+        for block in blocks:
             x, _ = block(x)
-        return Features(low_level, x)
+        return x

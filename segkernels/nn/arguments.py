@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -22,6 +23,16 @@ def check_positive(owner: str, **given: Any) -> None:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise UnsupportedInputError(
                 f"{owner}: {name} must be a positive int\n  {name}: {value!r}"
+            )
+
+
+def check_weight(**given: Any) -> None:
+    """Weights of losses."""
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and 0 < value < math.inf):
+            raise UnsupportedInputError(
+                f"{name} is the weight of a loss, a positive number\n  {name}: {value!r}"
             )
 
 

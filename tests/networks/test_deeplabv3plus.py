@@ -48,10 +48,10 @@ def test_a_step_reaches_every_parameter() -> None:
 def test_strides_and_widths(name: str, output_stride: int) -> None:
     with FakeTensorMode():
         backbone = build_backbone(name, output_stride=output_stride)
-        low_level, deep = backbone(torch.empty(1, 3, 65, 97))
-    assert low_level.shape == (1, backbone.low_level_channels, 17, 25)
-    size = tuple(-(-n // output_stride) for n in (65, 97))
-    assert deep.shape == (1, backbone.channels, *size)
+        maps = backbone(torch.empty(1, 3, 65, 97))
+    for x, channels, stride in zip(maps, backbone.channels, (4, 8, 16, 32), strict=True):
+        at = min(stride, output_stride)
+        assert x.shape == (1, channels, *(-(-n // at) for n in (65, 97)))
 
 
 def test_rates_of_the_atrous_stages() -> None:
@@ -197,7 +197,7 @@ def test_whole_published_network(name: str) -> None:
     network.double().to_empty(device="cpu").train(case["mode"] == "train")
     network.load_state_dict(weights, strict=True)
     x = tensors["input.0"].double()
-    low_level, deep = network.encoder(x)
+    low_level, _, _, deep = network.encoder(x)
     logits = network.segmentation_head(network.decoder([x, x, low_level, deep]))
     got = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=True)
     expected = tensors["output.0"].double()

@@ -26,7 +26,7 @@ def test_any_size(size: tuple[int, int]) -> None:
 
 def test_a_step_reaches_every_parameter() -> None:
     network = small()
-    network.head.init_from(*network.backbone(torch.randn(2, 3, 33, 47)))
+    network.head.init_from(network.backbone(torch.randn(2, 3, 33, 47)).deep)
     loss = F.cross_entropy(network(torch.randn(2, 3, 33, 47)), torch.randint(4, (2, 33, 47)))
     loss.backward()
     for name, p in network.named_parameters():
@@ -37,12 +37,12 @@ def test_the_beginning_is_the_features_clusters() -> None:
     network = small()
     images = torch.randn(2, 3, 65, 65)
     before = {key: t.clone() for key, t in network.head.state_dict().items()}
-    network.eval().head.init_from(*network.backbone(images), seed=1)
+    network.eval().head.init_from(network.backbone(images).deep, seed=1)
     moved = {key for key, t in network.head.state_dict().items() if not torch.equal(t, before[key])}
     units = ("gcu.units.0.project.", "gcu.units.1.project.")
     assert moved == {unit + name for unit in units for name in ("anchor", "sigma")}
     _, assignment = network.head.gcu.units[0].project(
-        network.head.reduce(network.backbone(images)[1])
+        network.head.reduce(network.backbone(images).deep)
     )
     assert (assignment.sum((0, 2, 3)) > 1).all()  # no node is empty
 

@@ -35,8 +35,8 @@ def strides_and_rates(output_stride: int) -> Iterator[tuple[int, int]]:
             rate *= stride
 
 
-def defined(weights: Mapping[str, Tensor], x: Tensor, output_stride: int) -> tuple[Tensor, Tensor]:
-    """The low-level and the deep features, of frozen statistics."""
+def defined(weights: Mapping[str, Tensor], x: Tensor, output_stride: int) -> list[Tensor]:
+    """The features of the four stages, of frozen statistics."""
 
     def conv_norm(
         x: Tensor, conv: str, norm: str, stride: int = 1, rate: int = 1, groups: int = 1
@@ -50,7 +50,7 @@ def defined(weights: Mapping[str, Tensor], x: Tensor, output_stride: int) -> tup
 
     x = conv_norm(x, "stem.0", "stem.1", stride=2).relu()
     x = conv_norm(x, "stem.3", "stem.4").relu()
-    low_level = x
+    stages = []
     blocks = zip(BLOCKS.items(), strides_and_rates(output_stride), strict=True)
     for (name, (widths, _, shortcut)), (stride, rate) in blocks:
         last = shortcut == "none"  # its ReLUs stand behind every convolution, else before each pair
@@ -65,11 +65,13 @@ def defined(weights: Mapping[str, Tensor], x: Tensor, output_stride: int) -> tup
             y = y.relu() if last else y
             assert y.shape[1] == width
             if (name, i) == ("entry.1", 1):
-                low_level = y
+                stages.append(y)
         if shortcut == "conv":
             y = y + conv_norm(x, f"{name}.shortcut.0", f"{name}.shortcut.1", stride)
         x = y + x if shortcut == "sum" else y
-    return low_level, x
+        if name in ("entry.1", "middle.15", "exit.1"):
+            stages.append(x)
+    return stages
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
