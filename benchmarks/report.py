@@ -56,12 +56,17 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def goal_cells(verdict: Verdict) -> tuple[str, ...]:
+def goal_name(verdict: Verdict) -> str:
     goal = verdict.goal
     case = goal.case if goal.case != EVERY else f"every case (worst: {verdict.case or '–'})"
+    return f"{goal.op} {case} {goal.dtype} {goal.layout}"
+
+
+def goal_cells(verdict: Verdict) -> tuple[str, ...]:
+    goal = verdict.goal
     measured = verdict.median > 0
     return (
-        f"{goal.op} {case} {goal.dtype} {goal.layout}",
+        goal_name(verdict),
         goal.mode,
         f"≥ {goal.ratio:g}× {goal.against}",
         f"{verdict.median:.2f}×" if measured else "",
@@ -69,6 +74,20 @@ def goal_cells(verdict: Verdict) -> tuple[str, ...]:
         f"{verdict.at_minimum:.2f}×" if measured else "",
         verdict.outcome,
     )
+
+
+def goals_in_short(verdicts: Iterable[Verdict]) -> list[tuple[str, ...]]:
+    """A table of the measured goals: a line a case and mode, a column a rival, "has ≥ needs"."""
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for verdict in verdicts:
+        if verdict.median > 0:
+            met = verdict.outcome == "met"
+            cell = f"{verdict.median:.3g} {'≥' if met else '<'} {verdict.goal.ratio:.3g}"
+            line = lines.setdefault((goal_name(verdict), verdict.goal.mode), {})
+            line[verdict.goal.against] = cell if met else f"**{cell}**"
+    rivals = list(dict.fromkeys(rival for line in lines.values() for rival in line))
+    table = [(*name, *(line.get(rival, "") for rival in rivals)) for name, line in lines.items()]
+    return [("case", "mode", *(f"× {rival}" for rival in rivals)), *table]
 
 
 def print_report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
@@ -89,6 +108,8 @@ def markdown(rows: Sequence[Row], verdicts: Sequence[Verdict], environment: dict
     for op, group in _by_operator(rows):
         parts += ["", f"## {op}", "", *_markdown_table(HEADER, [cells(row) for row in group])]
     if verdicts:
+        header, *lines = goals_in_short(verdicts)
+        parts += ["", "## Goals in short", "", *_markdown_table(header, lines)]
         parts += ["", "## Goals", ""]
         parts += _markdown_table(GOAL_HEADER, [goal_cells(v) for v in verdicts])
     return "\n".join([*parts, "", *NOTES, ""])

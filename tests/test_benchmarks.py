@@ -13,7 +13,7 @@ import torch
 import segkernels
 from benchmarks import __main__ as command
 from benchmarks import baselines, compare, report
-from benchmarks.goals import EVERY, GOALS, Goal, judge
+from benchmarks.goals import EVERY, GOALS, Goal, Verdict, judge
 from benchmarks.layers import SeparableStep
 from benchmarks.measure import COPY, PRODUCTS, Row, Settings, measure
 from benchmarks.work import (
@@ -307,6 +307,20 @@ def test_goals_are_judged_by_the_worst_row(rows):
     verdict = judge([row, slower], [goal])[0]
     assert (verdict.outcome, verdict.case) == ("missed", "slower")
     assert judge([], [goal])[0].outcome == "not measured"
+
+
+def test_goals_in_short_say_what_is_met_and_what_is_missed():
+    goals = [Goal("encode", "toy", "float32", "nchw", "forward", r, a) for r, a in
+             ((2, EAGER), (3, EXPANDED))]  # fmt: skip
+    goals.append(Goal("encode", "toy", "float32", "nchw", "forward+backward", 2.5, EXPANDED))
+    found = [Verdict(goals[0], "met", "toy", 2.04), Verdict(goals[1], "missed", "toy", 2.987)]
+    found += [Verdict(goals[2], "met", "toy", 123.4), Verdict(goals[2], "not measured")]
+    assert report.goals_in_short(found) == [
+        ("case", "mode", f"× {EAGER}", f"× {EXPANDED}"),
+        ("encode toy float32 nchw", "forward", "2.04 ≥ 2", "**2.99 < 3**"),
+        ("encode toy float32 nchw", "forward+backward", "", "123 ≥ 2.5"),
+    ]
+    assert report.goals_in_short([]) == [("case", "mode")]
 
 
 def test_the_report_is_read_back_and_names_no_host(rows, tmp_path):
