@@ -204,13 +204,14 @@ def test_independent_of_the_batch(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("op", OPERATORS)
 def test_nan_and_inf_propagate(
-    op: str, layout: str, value: float, backend: str, device: str
+    op: str, dtype: torch.dtype, layout: str, value: float, backend: str, device: str
 ) -> None:
     """One bad pixel spoils exactly what it spoils in the reference, gradients too."""
     for case in (case_of(op, "odd_channels"), typical(op), case_of(op, "vectors")):
-        inputs = case.inputs(torch.float32, LAYOUTS[layout], device)
+        inputs = case.inputs(dtype, LAYOUTS[layout], device, kinks=dtype.itemsize > 2)
         inputs[map_of(inputs)][0, 1, 3, 4] = value
         dy = cotangents_like(op, inputs)
         expected = with_gradients(op, inputs, "reference", dy)

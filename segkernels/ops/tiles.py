@@ -128,15 +128,27 @@ def halves(t):
 
 
 @triton.jit
+def finite(t):
+    """t, and 0 where it is not finite."""
+    away = t.to(tl.float32)
+    return tl.where(away - away == 0, t, 0.0)
+
+
+@triton.jit
 def product(a, b, acc, SPLIT: tl.constexpr):
-    """acc + a·b in the accumulation type; SPLIT: of halves, by 16-bit matrix instructions."""
+    """acc + a·b in the accumulation type; SPLIT: of halves, by 16-bit matrix instructions.
+
+    An ∞ times the low half of a float16 would be NaN beside ∞ times its high one. Centred pixels
+    (float32) make NaN of ∞ anyway.
+    """
     if SPLIT:
         a_high, a_low = halves(a)
         b_high, b_low = halves(b)
+        GIVEN: tl.constexpr = b.dtype == tl.float16  # a map or nodes, not centred
         if a_low is not None:
-            acc = dot(a_low, b_high, acc)
+            acc = dot(a_low, finite(b_high) if GIVEN else b_high, acc)
         if b_low is not None:
-            acc = dot(a_high, b_low, acc)
+            acc = dot(finite(a_high) if GIVEN else a_high, b_low, acc)
         return dot(a_high, b_high, acc)
     else:
         return dot(a.to(acc.dtype), b.to(acc.dtype), acc)

@@ -50,7 +50,7 @@ def check(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    for case in CUT:
+    for case in (*CUT, *contract.cases(OP)):
         for dtype in contract.DTYPES:
             for layout in contract.LAYOUTS.values():
                 check(case, dtype, layout)

@@ -38,8 +38,13 @@ class Case:
         """Arguments of the public function: maps and weights in ``dtype``, affine terms wide.
 
         ``kinks=False`` shifts every channel well inside one branch of its activation, so that a
-        16-bit rounding cannot move a value across the kink and flip a gradient.
+        16-bit rounding cannot move a value across the kink and flip a gradient. Where the outer
+        stage alone standardises, it makes the inner one linear instead: such shifts would be the
+        mean that it takes away, and their rounding many times that of what is left.
         """
+        inner, outer = self.activation
+        if not kinks and self.eps[1] and not self.eps[0]:
+            inner = None
         generator = torch.Generator().manual_seed(seed)
         wide = accumulation_dtype(dtype)
 
@@ -57,16 +62,17 @@ class Case:
             "padding": self.padding,
             "dilation": list(self.rates) if several else self.rates[0],
         }
-        for i, (stage, width) in enumerate((("inner", channels), ("outer", self.outputs))):
+        stages = (("inner", channels, inner), ("outer", self.outputs, outer))
+        for i, (stage, width, activation) in enumerate(stages):
             if self.affine[i]:
                 made[f"{stage}_scale"] = 1 + draw(len(self.rates) * width, dtype=wide) / 4
                 made[f"{stage}_shift"] = draw(len(self.rates) * width, dtype=wide) / 4
-            if not kinks and self.activation[i]:
+            if not kinks and activation:
                 # without a standardisation the deviation is not 1; relu6 has room for no more
-                spread = 1 if self.eps[i] or self.activation[i] == "relu6" else 2
+                spread = 1 if self.eps[i] or activation == "relu6" else 2
                 shift = _branches(len(self.rates) * width, i, wide)
                 made[f"{stage}_shift"] = (spread * shift).to(device)
-            made[f"{stage}_activation"] = self.activation[i]
+            made[f"{stage}_activation"] = activation
             made[f"{stage}_eps"] = self.eps[i]
         return made
 
