@@ -22,9 +22,11 @@ constexpr int SAMPLE = 16;  // nodes whose median is the centre
 template <class A>
 __device__ inline A median_node(const A* __restrict__ w, int nodes, int channels) {
   const int step = (nodes + SAMPLE - 1) / SAMPLE, taken = (nodes + step - 1) / step;
-  A sorted[SAMPLE], median = 0;
+  const int middle = (SAMPLE - 1) / 2, below = middle - (taken - 1) / 2;  // −∞ put the median in the middle
+  A sorted[SAMPLE];
 #pragma unroll
-  for (int i = 0; i < SAMPLE; ++i) sorted[i] = i < taken ? w[int64_t(i) * step * channels] : A(INFINITY);
+  for (int i = 0; i < SAMPLE; ++i)
+    sorted[i] = i < taken ? w[int64_t(i) * step * channels] : A(i < taken + below ? -INFINITY : INFINITY);
 #pragma unroll
   for (int pass = 0; pass < SAMPLE; ++pass)
 #pragma unroll
@@ -33,10 +35,7 @@ __device__ inline A median_node(const A* __restrict__ w, int nodes, int channels
       sorted[i + 1] = max(sorted[i], sorted[i + 1]);
       sorted[i] = least;
     }
-#pragma unroll
-  for (int i = 0; i < SAMPLE; ++i)
-    if (i == (taken - 1) / 2) median = sorted[i];
-  return median;
+  return sorted[middle];
 }
 
 // One block per 32 channels: about the median node, (p, r, b) = of(k, c, w_kc − centre_c). The lanes of a

@@ -51,10 +51,15 @@ def median_node(table, c, K, C):
     """The centre of the table's [K, C] in channels c, as `centre_of`."""
     step = tl.cdiv(K, SAMPLED)
     taken = tl.cdiv(K, step)
-    i = tl.arange(0, SAMPLED)[None, :]
-    at = i * step * C + c[:, None]
-    sample = tl.load(table + at, mask=(i < taken) & (c[:, None] < C), other=float("inf"))
-    return tl.sum(tl.where(i == (taken - 1) // 2, tl.sort(sample), 0.0), axis=1)
+    i = tl.arange(0, SAMPLED)[:, None]
+    at = i * step * C + c[None, :]
+    sample = tl.load(table + at, mask=(i < taken) & (c[None, :] < C), other=float("inf"))
+    rank = tl.zeros(sample.shape, tl.int32)
+    for j in tl.range(0, SAMPLED, loop_unroll_factor=4):
+        live = (j < taken) & (c < C)
+        other = tl.load(table + j * step * C + c, mask=live, other=float("inf"))[None, :]
+        rank += ((other < sample) | ((other == sample) & (j < i))).to(tl.int32)
+    return tl.sum(tl.where(rank == (taken - 1) // 2, sample, 0.0), axis=0)
 
 
 @triton.jit
