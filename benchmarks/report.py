@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -82,7 +83,8 @@ def goals_in_short(verdicts: Iterable[Verdict]) -> list[tuple[str, ...]]:
     for verdict in verdicts:
         if verdict.median > 0:
             met = verdict.outcome == "met"
-            cell = f"{verdict.median:.3g} {'≥' if met else '<'} {verdict.goal.ratio:.3g}"
+            has = math.floor(verdict.median * 100) / 100  # rounded down: 1.999 is less than 2
+            cell = f"{has:.2f} {'≥' if met else '<'} {verdict.goal.ratio:.3g}"
             line = lines.setdefault((goal_name(verdict), verdict.goal.mode), {})
             line[verdict.goal.against] = cell if met else f"**{cell}**"
     rivals = list(dict.fromkeys(rival for line in lines.values() for rival in line))

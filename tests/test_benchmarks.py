@@ -313,12 +313,12 @@ def test_goals_in_short_say_what_is_met_and_what_is_missed():
     goals = [Goal("encode", "toy", "float32", "nchw", "forward", r, a) for r, a in
              ((2, EAGER), (3, EXPANDED))]  # fmt: skip
     goals.append(Goal("encode", "toy", "float32", "nchw", "forward+backward", 2.5, EXPANDED))
-    found = [Verdict(goals[0], "met", "toy", 2.04), Verdict(goals[1], "missed", "toy", 2.987)]
+    found = [Verdict(goals[0], "met", "toy", 2.04), Verdict(goals[1], "missed", "toy", 2.999)]
     found += [Verdict(goals[2], "met", "toy", 123.4), Verdict(goals[2], "not measured")]
     assert report.goals_in_short(found) == [
         ("case", "mode", f"× {EAGER}", f"× {EXPANDED}"),
         ("encode toy float32 nchw", "forward", "2.04 ≥ 2", "**2.99 < 3**"),
-        ("encode toy float32 nchw", "forward+backward", "", "123 ≥ 2.5"),
+        ("encode toy float32 nchw", "forward+backward", "", "123.40 ≥ 2.5"),
     ]
     assert report.goals_in_short([]) == [("case", "mode")]
 
