@@ -11,6 +11,7 @@
 //                              by load2<T>.
 //   sum(v), sums(r)            of all lanes, in a fixed order; of each of `lanes` vectors
 //   transpose(r)               of `lanes` vectors
+//   shuffle(a, b, of)          lane l is lane of(l) of a and b beside each other
 
 namespace segkernels {
 namespace {

@@ -43,8 +43,8 @@ class EncHead(nn.Module):
     ) -> None:
         super().__init__()
         *earlier, deep = in_channels
-        check_positive("EncHead", channels=channels)
-        check_positive("EncHead", **{f"in_channels[{i}]": c for i, c in enumerate(in_channels)})
+        widths = {f"in_channels[{i}]": c for i, c in enumerate(in_channels)}
+        check_positive("EncHead", channels=channels, **widths)
         check_weight(presence=presence)
         self.presence = presence
         self.align_corners = align_corners

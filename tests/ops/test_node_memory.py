@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 
 import segkernels
 from benchmarks import baselines
-from benchmarks.work import as_tuple
-from segkernels import fused, timing
+from benchmarks.work import as_tuple, cases
+from segkernels import timing
 
 
 def extra(function: Callable[..., Any], inputs: dict[str, Any], train: bool) -> int:
@@ -37,8 +36,7 @@ def extra(function: Callable[..., Any], inputs: dict[str, Any], train: bool) -> 
 def test_a_fraction_of_the_expanded_form(op: str, train: bool) -> None:
     """At most a quarter of it, and a fiftieth of one tensor of pixels, nodes and channels, of which
     the published form makes several."""
-    package = fused.OPERATORS[op].package
-    case = next(c for c in importlib.import_module(f"{package}.cases").PAPER if c.nodes == 32)
+    case = next(c for c in cases(op) if c.nodes == 32)
     inputs = case.inputs()
     if reason := segkernels.explain(op, **inputs)["native"]:
         pytest.skip(reason)
