@@ -16,6 +16,7 @@ from segkernels.fused import (
 from segkernels.ops import (
     Moments,
     depthwise_conv2d,
+    em_attention,
     encode,
     reproject,
     separable_conv2d,
@@ -33,6 +34,7 @@ __all__ = [
     "SegkernelsPerformanceWarning",
     "UnsupportedInputError",
     "depthwise_conv2d",
+    "em_attention",
     "encode",
     "explain",
     "networks",
