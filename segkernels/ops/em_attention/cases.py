@@ -80,7 +80,7 @@ PAPER = (
 )
 
 AWKWARD = (
-    Case("one_pixel", (1, 1, 1, 1), 1),
+    Case("one_pixel", (1, 3, 1, 1), 2),
     Case("one_row", (2, 5, 1, 9), 3, norm="clamp"),
     Case("odd_channels", (2, 17, 7, 9), 5, temperature=1.5, assignment=True),
     Case("vectors", (2, 16, 7, 9), 8, iterations=2, assignment=True),
