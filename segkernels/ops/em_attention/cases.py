@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class Case:
     own: bool = False  # each image has bases of its own
     temperature: float | None = None  # None: 1, and no tensor
     assignment: bool = False
+    length: float = 4.0  # of a pixel's features: at 4 it is shared among bases
 
     def inputs(
         self,
@@ -33,17 +35,17 @@ class Case:
         seed: int = 0,
         kinks: bool = True,
     ) -> dict[str, Any]:
-        """Arguments of the public function: features after a convolution in ``dtype``, bases wide.
+        """Arguments of the public function: features of both signs in ``dtype``, bases wide.
 
         The function is smooth: there are no ``kinks`` to keep away from.
         """
         generator = torch.Generator().manual_seed(seed)
         wide = accumulation_dtype(dtype)
         b, c, *_ = self.shape
-        features = torch.randn(self.shape, generator=generator).to(dtype)
+        features = torch.randn(self.shape, generator=generator) * (self.length / math.sqrt(c))
         bases = torch.randn(*((b,) if self.own else ()), c, self.bases, generator=generator)
         arguments: dict[str, Any] = {
-            "features": features.to(device).to(memory_format=memory_format),
+            "features": features.to(device, dtype).to(memory_format=memory_format),
             "bases": F.normalize(bases, dim=-2).to(wide).to(device),
             "iterations": self.iterations,
             "gradient": self.gradient,
@@ -56,9 +58,14 @@ class Case:
 
     @property
     def reduction(self) -> int:
-        """The longest sum: the channels of a score, the pixels of a base, all of those of λ's."""
+        """The longest sum: the channels of a score, the pixels of a base, all of those of λ's. The
+        rounding of a score of size L is one of its exponential by L of its own, and counts as a
+        sum of L². There are 2T + 1 such sums in a row, each of what those before it rounded."""
         b, c, h, w = self.shape
-        return max(c, h * w * (1 if self.temperature is None else b * self.bases))
+        heat = 1.0 if self.temperature is None else self.temperature
+        lam = 0 if self.temperature is None else b * h * w * self.bases
+        longest = max(c, h * w, lam, round((heat * self.length) ** 2))
+        return (2 * self.iterations + 1) * longest
 
     def cost(self, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         """mode -> (operations, fewest bytes moved): every map once, the products of all pixels
@@ -95,5 +102,6 @@ AWKWARD = (
     Case("several_tiles", (2, 24, 15, 17), 9, own=True, norm="clamp", assignment=True),
     Case("no_iteration", (2, 12, 6, 7), 4, iterations=0, assignment=True),
     Case("many_iterations", (2, 12, 6, 7), 4, iterations=7),
+    Case("hard", (2, 12, 6, 7), 4, iterations=1, length=30),
     Case("empty_batch", (0, 4, 5, 5), 3),
 )
