@@ -92,6 +92,19 @@ struct Forward {
   int64_t depth;
 };
 
+// What a sweep of the backward leaves to later ones, for each pixel: dl of every step but the first (at first,
+// of the last one, dz), and z of those between. z of the last step lies where that of the one before it comes
+// later, and is then made again: one product for a quarter of the memory.
+struct Stash {
+  int64_t steps;
+  int64_t dl(int64_t step) const { return std::max<int64_t>(0, step - 1); }
+  int64_t z(int64_t step) const {
+    return std::max<int64_t>(1, steps - 1) + std::max<int64_t>(0, std::min(step, steps - 2) - 1);
+  }
+  bool loses_last() const { return steps > 2; }
+  int64_t size() const { return z(steps - 1) + 1; }
+};
+
 template <class T>
 struct Backward {
   using A = acc_t<T>;
@@ -102,19 +115,19 @@ struct Backward {
   PixelMap<T> dx;
   const A *h, *m, *s, *r, *dm;  // dm may be null
   A lam;
-  bool clamp, want_bases, want_u;  // want_u: the sums u of the first E-step, for bases or λ
+  bool clamp, want_bases, want_u;  // want_u: the sums u of the first step, for bases or λ
   int64_t depth, steps;            // steps: E-steps that are differentiated, max(1, depth)
   Table<A> mixture;                // μ^T, summed
   // What dx is made of: [B][steps][2: z da, dl λμ][columns][step], and each as the operand of scores.
   Table<A> coefficients, slopes, scores;
-  A *bias, *shift;                 // [B][columns]: −∞ beyond K, ds
-  A* stash;                        // [B][N][steps][2: z, dl][columns]
-  A *u, *fitted;                   // by parts: Σ dl x and Σ z dy, [parts][columns][step]
-  A* dmu;                          // [B, K, C]
-  double* dlam;                    // [B, K]
+  A *bias, *shift;  // [columns]: −∞ beyond K; [B][columns]: ds
+  A* stash;         // [B][N][kept.size()][columns]
+  A *fitted, *u;    // sums of parts, Σ z dy and Σ dl x: [parts][columns][step]; one memory where depth > 0
+  A* dmu;           // [B, K, C]
+  double* dlam;     // [B, K]
 
-  int64_t slot(int64_t step, int64_t kind) const { return 2 * step + kind; }
   int64_t slots() const { return 2 * steps; }
+  Stash kept() const { return {steps}; }
 };
 
 }  // namespace em

@@ -44,7 +44,7 @@ struct Memory {
 Sizes sizes_of(const Tensor& x, const Tensor& mu, int64_t D) {
   const Pixels p = pixels_of(x);
   const int64_t K = mu.size(mu.dim() - 2);
-  return {p.B, p.N, p.C, D, K, parts_of(ceil_div(p.N, kBlock), p.N, K)};
+  return {p.B, p.N, p.C, D, K, parts_of(ceil_div(p.N, kBlock), p.N, 2 * K)};
 }
 int64_t cost(const Sizes& s, int64_t products) { return 2 * products * s.N * s.C * s.K / s.splits; }
 
@@ -275,7 +275,7 @@ struct Differentiating {
             for (int64_t e = 0; e < call.steps; ++e) {
               Table<A> scores = call.scores;
               scores.packed += (i * call.steps + e) * scores.bytes;
-              scores.rows = call.coefficients.rows + (i * call.slots() + call.slot(e, 1)) * table;
+              scores.rows = call.coefficients.rows + (i * call.slots() + 2 * e + 1) * table;
               simd::pack_scores<E>(scores, 0, s.columns(), s.C, step);
             }
           })
@@ -380,10 +380,10 @@ std::tuple<Tensor, Tensor, Tensor> em_attention_backward(Optional dy, Optional d
     call.want_bases = need[1];
     call.want_u = need[1] || need[2];
     const int64_t table = size.columns() * row_step(size.C);
-    const Tensor sums = empty(m, {2 * size.parts() * table}),
-                 stash = empty(m, {size.B * size.N * call.slots() * size.columns()});
-    call.u = mutable_data<A>(sums);
-    call.fitted = call.u + size.parts() * table;
+    const Tensor sums = empty(m, {(depth > 0 ? 1 : 2) * size.parts() * table}),
+                 stash = empty(m, {depth > 0 ? size.B * size.N * call.kept().size() * size.columns() : 0});
+    call.fitted = mutable_data<A>(sums);
+    call.u = depth > 0 ? call.fitted : call.fitted + size.parts() * table;
     call.stash = mutable_data<A>(stash);
     call.dmu = mutable_data<A>(dmu);
     part.run();

@@ -5,89 +5,127 @@ namespace segkernels {
 namespace {
 namespace SEGKERNELS_ISA {
 
-// A thread's block on its way through a sweep.
+// A thread's block on its way through a sweep. Its rows hold z and dl of all steps side by side, [steps][2:
+// z, dl][columns], as dx is made of them.
 template <class E, class T>
 struct Sweep {
   using A = acc_t<T>;
   const Backward<T>& call;
   const Sizes& s;
+  const int64_t columns, width, size;  // of a z, of a row, of the sums of a part
   Scratch memory;
+  Rows<A> rows;
   Block<E, T> b;
-  const int64_t columns, width;  // of a slot, of a row of the stash
 
   explicit Sweep(const Backward<T>& of)
       : call(of),
         s(of.sizes),
-        memory(Block<E, T>::bytes(s, of.slots() * s.columns())),
-        b(s, of.slots() * s.columns(), memory),
         columns(s.columns()),
-        width(of.slots() * columns) {
+        width(of.slots() * columns + 16),  // an odd number of cache lines
+        size(columns * row_step(s.C)),
+        memory(Block<E, T>::bytes(s, width) + kBlock * width * int64_t(sizeof(A)) + 64),
+        rows{memory.take<A>(kBlock * width), width},
+        b(s, width, memory) {
     std::fill_n(b.z.p, kBlock * columns, A(0));  // what is loaded there ends at K
   }
 
-  // z or dl of a block, of one step.
-  Rows<A> slot(int64_t image, int64_t block, int64_t step, int64_t kind) const {
-    return {call.stash + (image * s.N + block * kBlock) * width + call.slot(step, kind) * columns, width};
+  Rows<A> z(int64_t step) const { return {rows.p + 2 * step * columns, width}; }
+  Rows<A> dl(int64_t step) const { return {rows.p + (2 * step + 1) * columns, width}; }
+  Rows<A> stash(int64_t image, int64_t block, int64_t place) const {
+    const int64_t step = call.kept().size() * columns;
+    return {call.stash + (image * s.N + block * kBlock) * step + place * columns, step};
   }
+  void copy(int64_t pixels, Rows<A> from, Rows<A> to) const {
+    for (int64_t t = 0; t < pixels; ++t) std::copy_n(from[t], columns, to[t]);
+  }
+
   // The E-step of a block whose pixels are loaded.
   void expect(int64_t image, int64_t block, int64_t step) const {
     const int64_t pixels = s.pixels(block);
     b.multiply(pixels, columns, s.C, b.x, call.scores[image * call.steps + step], b.scores);
-    responsibilities(pixels, columns, b.read(b.scores), call.bias, slot(image, block, step, 0));
+    responsibilities(pixels, columns, b.read(b.scores), call.bias, z(step));
   }
-  // u += Σ dl x and, after the first step, dx of a block.
-  void finish(int64_t image, int64_t block, int64_t part, int64_t step) const {
-    const int64_t size = columns * row_step(s.C);
-    if (step > 0 || call.want_u)
-      b.sum(s.pixels(block), slot(image, block, step, 1), b.x, s.C, call.u + part * size);
-    if (step > 0 || !call.dx.data) return;
+  // dx of a block, whose z and dl of the first step are known.
+  void write_dx(int64_t image, int64_t block) const {
+    const int64_t pixels = s.pixels(block), last = call.steps - 1;
+    for (int64_t step = 1; step <= last; ++step) {
+      copy(pixels, stash(image, block, call.kept().dl(step)), dl(step));
+      if (step == last && call.kept().loses_last())
+        expect(image, block, step);
+      else
+        copy(pixels, stash(image, block, call.kept().z(step)), z(step));
+    }
     const int64_t skipped = call.depth == 0;  // no part of dx comes through z where bases are constants
-    const int64_t slots = call.slots() - skipped;
-    b.mix(image, block, slots * columns, slot(image, block, 0, skipped), call.coefficients[image], call.dx);
+    const Rows<A> from = skipped ? dl(0) : z(0);
+    b.mix(image, block, (call.slots() - skipped) * columns, from, call.coefficients[image], call.dx);
+  }
+  // What follows dl of a block and a step: u += Σ dl x, and what later sweeps need, or dx.
+  void finish(int64_t image, int64_t block, int64_t part, int64_t step) const {
+    const int64_t pixels = s.pixels(block), last = call.steps - 1;
+    if (step > 0 || call.want_u) b.sum(pixels, dl(step), b.x, s.C, call.u + part * size);
+    if (step == 0) {
+      if (call.dx.data) write_dx(image, block);
+      return;
+    }
+    copy(pixels, dl(step), stash(image, block, call.kept().dl(step)));
+    if (step < last) copy(pixels, z(step), stash(image, block, call.kept().z(step)));
   }
 
-  // z of the last E-step; dz of it from y and z, into the slot of dl, or dl; Σ z dy.
+  // dz[t][k] of the last step, from y and z; zero where neither has a cotangent.
+  void cotangent(int64_t image, int64_t block, Rows<A> dz) const {
+    const int64_t pixels = s.pixels(block);
+    if (call.dy.data) b.multiply(pixels, columns, s.C, b.out, call.mixture[image], b.scores);
+    if (call.dz.data) b.load_map(call.dz, image, block, b.z);
+    for (int64_t t = 0; t < pixels; ++t)
+      for (int64_t k = 0; k < columns; k += Vec<A>::lanes) {
+        Vec<A> g = splat(A(0));
+        if (call.dy.data) g = load(static_cast<const A*>(b.scores[t]) + k);
+        if (call.dz.data) g = g + load(static_cast<const A*>(b.z[t]) + k);
+        store(dz[t] + k, g);
+      }
+  }
+
+  // Through the reconstruction: z and dz of the last step, Σ z dy; all there is to do where bases are
+  // constants.
   void reconstruction(int64_t part) const {
-    const int64_t image = part / s.splits, size = columns * row_step(s.C), step = call.steps - 1;
-    std::fill_n(call.fitted + part * size, size, A(0));
-    std::fill_n(call.u + part * size, size, A(0));
+    const int64_t image = part / s.splits, step = call.steps - 1;
+    const bool fitted = call.depth > 0 || call.want_bases;
+    if (fitted) std::fill_n(call.fitted + part * size, size, A(0));
+    if (call.depth == 0 && call.want_u) std::fill_n(call.u + part * size, size, A(0));
     for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
       const int64_t pixels = b.load_map(call.x, image, block, b.x);
       expect(image, block, step);
-      const Rows<A> z = slot(image, block, step, 0), dl = slot(image, block, step, 1);
-      if (call.dz.data)
-        b.load_map(call.dz, image, block, b.z);
       if (call.dy.data) {
         b.load_map(call.dy, image, block, b.out);
-        b.multiply(pixels, columns, s.C, b.out, call.mixture[image], b.scores);
-        if (call.depth > 0 || call.want_bases) b.sum(pixels, z, b.out, s.C, call.fitted + part * size);
+        if (fitted) b.sum(pixels, z(step), b.out, s.C, call.fitted + part * size);
       }
-      for (int64_t t = 0; t < pixels; ++t)
-        for (int64_t k = 0; k < columns; k += Vec<A>::lanes) {
-          Vec<A> g = splat(A(0));
-          if (call.dy.data) g = load(static_cast<const A*>(b.scores[t]) + k);
-          if (call.dz.data) g = g + load(static_cast<const A*>(b.z[t]) + k);
-          store((call.depth > 0 ? dl[t] : b.scores[t]) + k, g);
-        }
-      if (call.depth > 0) continue;
-      slopes<false>(pixels, columns, b.read(z), b.scores, call.shift + image * columns, dl);
-      finish(image, block, part, step);
+      cotangent(image, block, dl(step));
+      if (call.depth > 0) {
+        copy(pixels, z(step), stash(image, block, call.kept().z(step)));
+        copy(pixels, dl(step), stash(image, block, call.kept().dl(step)));
+      } else {
+        slopes(pixels, columns, b.read(z(step)), dl(step));
+        finish(image, block, part, step);
+      }
     }
   }
 
-  // dl and u of an iteration, whose da and ds are known.
+  // Through an iteration, whose da and ds are known.
   void iteration(int64_t part, int64_t step) const {
-    const int64_t image = part / s.splits, size = columns * row_step(s.C);
-    const bool last = step == call.steps - 1;
+    const int64_t image = part / s.splits;
     std::fill_n(call.u + part * size, size, A(0));
     for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
       const int64_t pixels = b.load_map(call.x, image, block, b.x);
-      if (!last) expect(image, block, step);
-      const Rows<A> z = slot(image, block, step, 0), dl = slot(image, block, step, 1);
       b.multiply(pixels, columns, s.C, b.x, call.slopes[image], b.scores);
       const A* shift = call.shift + image * columns;
-      last ? slopes<true>(pixels, columns, b.read(z), b.scores, shift, dl)
-           : slopes<false>(pixels, columns, b.read(z), b.scores, shift, dl);
+      if (step == call.steps - 1) {
+        copy(pixels, stash(image, block, call.kept().z(step)), z(step));
+        add_scores<true>(pixels, columns, b.read(b.scores), shift, stash(image, block, call.kept().dl(step)), dl(step));
+      } else {
+        add_scores<false>(pixels, columns, b.read(b.scores), shift, Rows<A>{}, dl(step));
+        expect(image, block, step);
+      }
+      slopes(pixels, columns, b.read(z(step)), dl(step));
       finish(image, block, part, step);
     }
   }
@@ -120,7 +158,7 @@ A inner(int64_t channels, const A* a, const A* b) {
 template <class T>
 acc_t<T>* coefficients_row(const Backward<T>& call, int64_t image, int64_t step, int64_t kind, int64_t k) {
   const Sizes& s = call.sizes;
-  const int64_t slot = image * call.slots() + call.slot(step, kind);
+  const int64_t slot = image * call.slots() + 2 * step + kind;
   return call.coefficients.rows + (slot * s.columns() + k) * row_step(s.C);
 }
 

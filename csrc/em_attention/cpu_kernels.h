@@ -42,9 +42,9 @@ void responsibilities(int64_t pixels, int64_t columns, Rows<const A> scores, con
   }
 }
 
-// dl[t][k] = z (g − Σ_k z g) with g = scores[t][k] + shift[k] (+ dl[t][k], where kMore); scores are overwritten.
-template <bool kMore, class A>
-void slopes(int64_t pixels, int64_t columns, Rows<const A> z, Rows<A> scores, const A* shift, Rows<A> dl) {
+// In place: dl[t][k] = z (dl − Σ_k z dl).
+template <class A>
+void slopes(int64_t pixels, int64_t columns, Rows<const A> z, Rows<A> dl) {
   constexpr int64_t lanes = Vec<A>::lanes;
   for (int64_t t = 0; t < pixels; t += lanes) {
     const int64_t n = std::min(lanes, pixels - t);
@@ -52,17 +52,24 @@ void slopes(int64_t pixels, int64_t columns, Rows<const A> z, Rows<A> scores, co
     A mean[lanes];
     for (int64_t i = 0; i < lanes; ++i) reduced[i] = splat(A(0));
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t k = 0; k < columns; k += lanes) {
-        Vec<A> g = load(scores[t + i] + k) + load(shift + k);
-        if constexpr (kMore) g = g + load(dl[t + i] + k);
-        store(scores[t + i] + k, g);
-        reduced[i] = fma(load(z[t + i] + k), g, reduced[i]);
-      }
+      for (int64_t k = 0; k < columns; k += lanes)
+        reduced[i] = fma(load(z[t + i] + k), load<A>(dl[t + i] + k), reduced[i]);
     store(mean, sums(reduced));
     for (int64_t i = 0; i < n; ++i)
       for (int64_t k = 0; k < columns; k += lanes)
-        store(dl[t + i] + k, load(z[t + i] + k) * (load(scores[t + i] + k) - splat(mean[i])));
+        store(dl[t + i] + k, load(z[t + i] + k) * (load<A>(dl[t + i] + k) - splat(mean[i])));
   }
+}
+
+// out[t][k] = scores + shift_k (+ more, where kMore)
+template <bool kMore, class A>
+void add_scores(int64_t pixels, int64_t columns, Rows<const A> scores, const A* shift, Rows<A> more, Rows<A> out) {
+  for (int64_t t = 0; t < pixels; ++t)
+    for (int64_t k = 0; k < columns; k += Vec<A>::lanes) {
+      Vec<A> g = load(scores[t] + k) + load(shift + k);
+      if constexpr (kMore) g = g + load<A>(more[t] + k);
+      store(out[t] + k, g);
+    }
 }
 
 // total[k] += Σ_t rows[t][k]
