@@ -57,6 +57,11 @@ class Case:
         return arguments
 
     @property
+    def truncated(self) -> bool:
+        """Whether some of what the bases go through is not differentiated."""
+        return self.gradient == "last" or (self.gradient == "last+bases" and self.iterations > 1)
+
+    @property
     def reduction(self) -> int:
         """The longest sum: the channels of a score, the pixels of a base, all of those of λ's. The
         rounding of a score of size L is one of its exponential by L of its own, and counts as a
@@ -89,7 +94,7 @@ PAPER = (
 AWKWARD = (
     Case("one_pixel", (1, 3, 1, 1), 2),
     Case("one_row", (2, 5, 1, 9), 3, norm="clamp"),
-    Case("odd_channels", (2, 17, 7, 9), 5, temperature=1.5, assignment=True),
+    Case("odd_channels", (2, 17, 7, 9), 5, assignment=True),
     Case("vectors", (2, 16, 7, 9), 8, iterations=2, assignment=True),
     Case("one_base", (2, 7, 5, 6), 1, temperature=0.5),
     Case("two_bases", (2, 33, 6, 7), 2, gradient="last+bases"),
@@ -99,7 +104,15 @@ AWKWARD = (
     Case("many_bases", (1, 20, 9, 11), 67, iterations=2),
     Case("most_bases", (1, 9, 5, 7), 256, iterations=2, norm="clamp"),
     Case("deep", (1, 515, 3, 5), 6, own=True),
-    Case("several_tiles", (2, 24, 15, 17), 9, own=True, norm="clamp", assignment=True),
+    Case(
+        "several_tiles",
+        (2, 24, 15, 17),
+        9,
+        norm="clamp",
+        own=True,
+        temperature=1.5,
+        assignment=True,
+    ),
     Case("no_iteration", (2, 12, 6, 7), 4, iterations=0, assignment=True),
     Case("many_iterations", (2, 12, 6, 7), 4, iterations=7),
     Case("hard", (2, 12, 6, 7), 4, iterations=1, length=30),
