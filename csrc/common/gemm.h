@@ -27,7 +27,7 @@ template <class A>
 struct Fma {
   using Acc = A;
   static constexpr int64_t lanes = Vec<A>::lanes, kWidth = 2 * lanes,
-                           kRows = SEGKERNELS_VECTOR_BYTES == 64 ? 14 : 6;
+                           kRows = SEGKERNELS_VECTOR_BYTES == 64 ? 14 : 6, kDepth = 256;
 
   using Left = View<A>;
   struct Right {  // element (k, n) at p[n / kWidth * panel + k * row + n % kWidth]
@@ -86,11 +86,12 @@ struct Fma {
   static void multiply(int64_t m, int64_t n, int64_t k, Left a, Right b, A* c, int64_t ldc, bool add) {
     const int64_t parts = ceil_div(m, kRows);  // row blocks of nearly equal height
     for (int64_t j = 0; j < n; j += kWidth)
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t i = part * m / parts, rows = (part + 1) * m / parts - i;
-        by_rows<kRows>(rows, k, Left{a.p + i * a.row, a.row, a.column}, b.p + j / kWidth * b.panel, b.row,
-                       c + i * ldc + j, ldc, add);
-      }
+      for (int64_t l = 0; l == 0 || l < k; l += kDepth)  // what a panel has of it stays in the L1 cache
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t i = part * m / parts, rows = (part + 1) * m / parts - i;
+          by_rows<kRows>(rows, std::min(kDepth, k - l), Left{a.p + i * a.row + l * a.column, a.row, a.column},
+                         b.p + j / kWidth * b.panel + l * b.row, b.row, c + i * ldc + j, ldc, add || l > 0);
+        }
   }
 
   template <int64_t kMost>

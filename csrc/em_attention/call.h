@@ -20,6 +20,9 @@ struct Sizes {
   int64_t B, N, C, D, K, splits;  // D: channels of the bases, C but for a folded convolution
 
   int64_t columns() const { return round_up(K, 16); }  // of a row of responsibilities, zero beyond K
+  int64_t step() const { return row_step(K); }         // from row to row
+  int64_t sum_rows() const { return round_up(K, 32); }  // of sums, which products write in whole tiles
+  int64_t sum_size() const { return sum_rows() * row_step(C); }
   int64_t blocks() const { return ceil_div(N, kBlock); }
   int64_t parts() const { return B * splits; }
   int64_t first_block(int64_t part) const { return part % splits * blocks() / splits; }
@@ -85,8 +88,8 @@ struct Forward {
   A* heated;         // λμ [B][columns][step of D]
   A* a;              // Σ z x [B][columns][step of C]
   A* folded;         // the same of the convolved pixels, [B][columns][step of D]
-  A *mass, *masses, *sums;  // [B][columns] and by parts: [parts][columns], [parts][columns][step of C]
-  A* responsibilities;      // [B][N][columns], of the last E-step
+  A *mass, *masses, *sums;  // [B][columns] and by parts: [parts][columns], [parts][sum_size]
+  A* responsibilities;      // [B][N][columns], of the last E-step, a step apart
   A* m;                     // [B, K, D]
   A *s, *r;                 // [B, depth, K], from this iteration on; null: not kept
   int64_t depth;
@@ -122,7 +125,7 @@ struct Backward {
   Table<A> coefficients, slopes, scores;
   A *bias, *shift;  // [columns]: −∞ beyond K; [B][columns]: ds
   A* stash;         // [B][N][kept.size()][columns]
-  A *fitted, *u;    // sums of parts, Σ z dy and Σ dl x: [parts][columns][step]; one memory where depth > 0
+  A *fitted, *u;    // of parts, Σ z dy and Σ dl x: [parts][sum_size]; one memory where depth > 0
   A* dmu;           // [B, K, C]
   double* dlam;     // [B, K]
 

@@ -29,15 +29,18 @@ PixelMap<T> pixel_map(const Tensor& t) {
     return {mutable_data<T>(t), pixels_of(t)};
 }
 
-// Memory of a call, zeroed: tables are zero beyond bases and channels.
+// Memory of a call, zeroed: tables are zero beyond bases and channels. From PyTorch, which aligns it to cache
+// lines.
 template <class A>
 struct Memory {
-  std::vector<std::vector<A>> parts;
-  std::vector<std::vector<char>> packed;
-  A* take(int64_t n) { return parts.emplace_back(n).data(); }
+  Tensor like;
+  std::vector<Tensor> parts;
+
+  A* take(int64_t n) { return mutable_data<A>(torch::stable::zero_(parts.emplace_back(empty(like, {n})))); }
   Table<A> table(A* rows, int64_t tables, int64_t bytes) {
     bytes = round_up(bytes, 64);
-    return {rows, packed.emplace_back(tables * bytes).data(), bytes};
+    parts.push_back(empty(like, {tables * bytes}, ScalarType::Byte));
+    return {rows, mutable_data<char>(parts.back()), bytes};
   }
 };
 
@@ -81,7 +84,7 @@ struct Fitting {
   Forward<T> call{};
   Memory<A> memory;
 
-  Fitting(const Tensor& x, const Tensor& mu, const Optional& w, const Optional& b) {
+  Fitting(const Tensor& x, const Tensor& mu, const Optional& w, const Optional& b) : memory{mu} {
     call.sizes = sizes_of(x, mu, mu.size(2));
     static const Engine engine = engine_of<T>();
     call.engine = engine;
@@ -190,11 +193,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> em_attention(Tensor x
     call.y = pixel_map<T>(y);
     if (assignment) call.z = pixel_map<A>(z);
     call.m = mutable_data<A>(m);
-    const int64_t table = size.columns() * row_step(size.C);
-    const Tensor sums = empty(mu, {iterations ? size.parts() * (table + size.columns()) : 0}),
-                 responsibilities = empty(mu, {size.B * size.N * size.columns()});
+    const Tensor sums = empty(mu, {iterations ? size.parts() * (size.sum_size() + size.columns()) : 0}),
+                 responsibilities = empty(mu, {size.B * size.N * size.step()});
     call.sums = mutable_data<A>(sums);
-    call.masses = call.sums + size.parts() * table;
+    call.masses = call.sums + size.parts() * size.sum_size();
     call.responsibilities = mutable_data<A>(responsibilities);
     call.sums_wanted = iterations > 0;
     const int64_t passes = std::max<int64_t>(1, iterations);
@@ -224,7 +226,7 @@ struct Differentiating {
   Memory<A> memory;
   std::vector<double> dlam;
 
-  Differentiating(const Tensor& x, const Tensor& m, int64_t depth) {
+  Differentiating(const Tensor& x, const Tensor& m, int64_t depth) : memory{m} {
     call.sizes = sizes_of(x, m, m.size(2));
     static const Engine engine = engine_of<T>();
     call.engine = engine;
@@ -379,11 +381,11 @@ std::tuple<Tensor, Tensor, Tensor> em_attention_backward(Optional dy, Optional d
     call.clamp = clamp;
     call.want_bases = need[1];
     call.want_u = need[1] || need[2];
-    const int64_t table = size.columns() * row_step(size.C);
-    const Tensor sums = empty(m, {(depth > 0 ? 1 : 2) * size.parts() * table}),
+    const int64_t sum = size.parts() * size.sum_size();
+    const Tensor sums = empty(m, {depth > 0 ? sum : 2 * sum}),
                  stash = empty(m, {depth > 0 ? size.B * size.N * call.kept().size() * size.columns() : 0});
     call.fitted = mutable_data<A>(sums);
-    call.u = depth > 0 ? call.fitted : call.fitted + size.parts() * table;
+    call.u = depth > 0 ? call.fitted : call.fitted + sum;
     call.stash = mutable_data<A>(stash);
     call.dmu = mutable_data<A>(dmu);
     part.run();

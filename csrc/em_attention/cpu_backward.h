@@ -22,11 +22,11 @@ struct Sweep {
         s(of.sizes),
         columns(s.columns()),
         width(of.slots() * columns + 16),  // an odd number of cache lines
-        size(columns * row_step(s.C)),
+        size(s.sum_size()),
         memory(Block<E, T>::bytes(s, width) + kBlock * width * int64_t(sizeof(A)) + 64),
         rows{memory.take<A>(kBlock * width), width},
         b(s, width, memory) {
-    std::fill_n(b.z.p, kBlock * columns, A(0));  // what is loaded there ends at K
+    std::fill_n(b.z.p, kBlock * s.step(), A(0));  // what is loaded there ends at K
   }
 
   Rows<A> z(int64_t step) const { return {rows.p + 2 * step * columns, width}; }
@@ -185,7 +185,7 @@ void fitted_row(const Backward<T>& call, int64_t image, int64_t k) {
   const Sizes& s = call.sizes;
   const int64_t step = row_step(s.C), at = (image * s.K + k) * s.C;
   std::vector<A> row(step);
-  sum_parts(static_cast<const A*>(call.fitted), s.splits, s.columns(), step, image, k, row.data());
+  sum_parts(static_cast<const A*>(call.fitted), s.splits, s.sum_rows(), step, image, k, row.data());
   for (int64_t c = 0; c < s.C; ++c) call.dmu[at + c] = row[c] + (call.dm ? call.dm[at + c] : A(0));
 }
 
@@ -196,7 +196,7 @@ void scored_row(const Backward<T>& call, int64_t image, int64_t step, int64_t k,
   const Sizes& s = call.sizes;
   const int64_t width = row_step(s.C), at = (image * s.K + k) * s.C;
   std::vector<A> row(width);
-  sum_parts(static_cast<const A*>(call.u), s.splits, s.columns(), width, image, k, row.data());
+  sum_parts(static_cast<const A*>(call.u), s.splits, s.sum_rows(), width, image, k, row.data());
   const A* mu = call.h + ((image * call.steps + step) * s.K + k) * s.C;
   double share = 0;
   for (int64_t c = 0; c < s.C; ++c) {

@@ -100,15 +100,15 @@ struct Block {
   // inner: of the longest row of responsibilities
   static int64_t bytes(const Sizes& s, int64_t inner) {
     return left_bytes(s, inner) + E::right_bytes(kBlock, widest(s)) + 512 +
-           kBlock * (2 * row_step(widest(s)) + row_step(s.K) + s.columns()) * int64_t(sizeof(A));
+           kBlock * 2 * (row_step(widest(s)) + s.step()) * int64_t(sizeof(A));
   }
   Block(const Sizes& sizes, int64_t inner, Scratch& memory)
       : s(sizes),
         left(memory.take<char>(left_bytes(s, inner))),
         right(memory.take<char>(E::right_bytes(kBlock, widest(s)))),
         x{memory.take<A>(kBlock * row_step(widest(s))), row_step(widest(s))},
-        scores{memory.take<A>(kBlock * row_step(s.K)), row_step(s.K)},
-        z{memory.take<A>(kBlock * s.columns()), s.columns()},
+        scores{memory.take<A>(kBlock * s.step()), s.step()},
+        z{memory.take<A>(kBlock * s.step()), s.step()},
         out{memory.take<A>(kBlock * row_step(widest(s))), row_step(widest(s))} {}
 
   static Rows<const A> read(Rows<A> r) { return {r.p, r.step}; }
@@ -143,6 +143,13 @@ struct Block {
 
 // -- forward ------------------------------------------------------------------------------------------
 
+// The responsibilities of the last E-step.
+template <class T>
+Rows<acc_t<T>> rows_of(const Forward<T>& call, int64_t image, int64_t block) {
+  const Sizes& s = call.sizes;
+  return {call.responsibilities + (image * s.N + block * kBlock) * s.step(), s.step()};
+}
+
 // z, the masses and sums of the parts [first, last).
 template <class E, class T>
 void expect(const Forward<T>& call, int64_t first, int64_t last) {
@@ -150,7 +157,7 @@ void expect(const Forward<T>& call, int64_t first, int64_t last) {
   const Sizes& s = call.sizes;
   Scratch memory(Block<E, T>::bytes(s, s.columns()));
   const Block<E, T> b(s, s.columns(), memory);
-  const int64_t columns = s.columns(), size = columns * row_step(s.C);
+  const int64_t columns = s.columns(), size = s.sum_size();
   for (int64_t part = first; part < last; ++part) {
     const int64_t image = part / s.splits;
     A *masses = call.masses + part * columns, *sums = call.sums + part * size;
@@ -160,8 +167,7 @@ void expect(const Forward<T>& call, int64_t first, int64_t last) {
     }
     for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
       const int64_t pixels = b.load_map(call.x, image, block, b.x);
-      const Rows<A> z =
-          call.last ? Rows<A>{call.responsibilities + (image * s.N + block * kBlock) * columns, columns} : b.z;
+      const Rows<A> z = call.last ? rows_of(call, image, block) : b.z;
       b.multiply(pixels, columns, s.C, b.x, call.scores[image], b.scores);
       responsibilities(pixels, columns, b.read(b.scores), call.bias + image * columns, z);
       if (call.last && call.z.data)
@@ -182,8 +188,7 @@ void reconstruct(const Forward<T>& call, int64_t first, int64_t last) {
   const Block<E, T> b(s, s.columns(), memory);
   for (int64_t i = first; i < last; ++i) {
     const int64_t image = i / s.blocks(), block = i % s.blocks();
-    A* z = call.responsibilities + (image * s.N + block * kBlock) * s.columns();
-    b.mix(image, block, s.columns(), Rows<A>{z, s.columns()}, call.mixture[image], call.y);
+    b.mix(image, block, s.columns(), rows_of(call, image, block), call.mixture[image], call.y);
   }
 }
 
@@ -195,7 +200,7 @@ void gather_row(const Forward<T>& call, int64_t image, int64_t k) {
   const Sizes& s = call.sizes;
   const int64_t at = image * s.columns() + k;
   call.mass[at] = sum_parts(call.masses, s.splits, s.columns(), image, k);
-  sum_parts(call.sums, s.splits, s.columns(), row_step(s.C), image, k, call.a + at * row_step(s.C));
+  sum_parts(call.sums, s.splits, s.sum_rows(), row_step(s.C), image, k, call.a + at * row_step(s.C));
 }
 
 // μ = a / d.
