@@ -28,8 +28,8 @@ Engine engine_of() {
   return Engine::fma;
 }
 
-// Rows of n numbers with room for what products write beyond them, an odd number of cache lines apart, so that
-// they do not fall into the same sets of the L1 cache.
+// Rows of n numbers with room for what products write beyond them, an odd number of cache lines apart, so
+// that they do not fall into the same sets of the L1 cache.
 inline int64_t row_step(int64_t n) { return round_up(n, 32) + 16; }
 
 }  // namespace segkernels

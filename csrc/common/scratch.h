@@ -9,8 +9,8 @@
 namespace segkernels {
 
 // The thread keeps the memory for its next stage: it is small, and fresh pages cost as much as the work on
-// them. Zeroed when new: the padding that matrix products read should hold no denormal numbers. One lives at a
-// time.
+// them. Zeroed when new: the padding that matrix products read should hold no denormal numbers. One lives at
+// a time.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {

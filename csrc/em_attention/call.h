@@ -1,9 +1,9 @@
 // A call of em_attention as its CPU kernels see it: sizes, how the work is cut, and where things lie.
 //
 // A block of pixels is a small matrix in the L2 cache, its rows [channels] or [bases] of a pixel whatever the
-// layout of the map. A table of bases has `columns` rows an image, zero beyond K and beyond the channels. Blocks
-// make up the parts of an image, whose sums are added in order: how they are cut depends on the sizes alone, so
-// results depend neither on the number of threads nor on the batch.
+// layout of the map. A table of bases has `columns` rows an image, zero beyond K and beyond the channels.
+// Blocks make up the parts of an image, whose sums are added in order: how they are cut depends on the sizes
+// alone, so results depend neither on the number of threads nor on the batch.
 #pragma once
 
 #include "common/assignment.h"
@@ -19,8 +19,8 @@ constexpr double kLeast = 1e-12;   // of the clamped one
 struct Sizes {
   int64_t B, N, C, D, K, splits;  // D: channels of the bases, C but for a folded convolution
 
-  int64_t columns() const { return round_up(K, 16); }  // of a row of responsibilities, zero beyond K
-  int64_t step() const { return row_step(K); }         // from row to row
+  int64_t columns() const { return round_up(K, 16); }   // of a row of responsibilities, zero beyond K
+  int64_t step() const { return row_step(K); }          // from row to row
   int64_t sum_rows() const { return round_up(K, 32); }  // of sums, which products write in whole tiles
   int64_t sum_size() const { return sum_rows() * row_step(C); }
   int64_t blocks() const { return ceil_div(N, kBlock); }
@@ -40,14 +40,14 @@ struct PixelMap {
   }
 };
 
-// Bases as the right operand of products, prepared once for all blocks: rows [tables][columns][step], their
-// channels summed (scores) or made (mixtures).
+// Bases as the right operand of products, prepared once for all blocks, over their channels (summed) or over
+// themselves (made: channels). Several tables may be packed out of the same rows, one after the other.
 template <class A>
 struct Table {
-  A* rows = nullptr;
+  A* rows = nullptr;       // [B][columns][step]
   char* packed = nullptr;  // [tables][bytes]
   int64_t bytes = 0;
-  const char* operator[](int64_t i) const { return packed + i * bytes; }
+  char* operator[](int64_t i) const { return packed + i * bytes; }
 };
 
 // What the M-step divides by, d(r, s), and its derivatives.
@@ -77,17 +77,17 @@ struct Forward {
   Engine engine;
   PixelMap<const T> x;
   PixelMap<T> y;
-  PixelMap<A> z;     // the assignment, where asked for
-  const A *w, *b;    // [D, C], [D], or null
+  PixelMap<A> z;   // the assignment, where asked for
+  const A *w, *b;  // [D, C], [D], or null
   A lam;
   bool clamp;
-  bool sums_wanted, last;  // of this E-step
-  Table<A> scores;   // λμ over C, summed
-  Table<A> mixture;  // μ over D, made
-  A* bias;           // [B][columns] of the scores; −∞ beyond K
-  A* heated;         // λμ [B][columns][step of D]
-  A* a;              // Σ z x [B][columns][step of C]
-  A* folded;         // the same of the convolved pixels, [B][columns][step of D]
+  bool sums_wanted, last;   // of this E-step
+  Table<A> scores;          // λμ over C, summed
+  Table<A> mixture;         // μ over D, made
+  A* bias;                  // [B][columns] of the scores; −∞ beyond K
+  A* heated;                // λμ [B][columns][step of D]
+  A* a;                     // Σ z x [B][columns][step of C]
+  A* folded;                // the same of the convolved pixels, [B][columns][step of D]
   A *mass, *masses, *sums;  // [B][columns] and by parts: [parts][columns], [parts][sum_size]
   A* responsibilities;      // [B][N][columns], of the last E-step, a step apart
   A* m;                     // [B, K, D]
@@ -95,9 +95,9 @@ struct Forward {
   int64_t depth;
 };
 
-// What a sweep of the backward leaves to later ones, for each pixel: dl of every step but the first (at first,
-// of the last one, dz), and z of those between. z of the last step lies where that of the one before it comes
-// later, and is then made again: one product for a quarter of the memory.
+// What a sweep of the backward leaves to later ones, for each pixel: dl of every step but the first (at
+// first, of the last one, dz), and z of those between. z of the last step lies where that of the one before
+// it comes later, and is then made again: one product for a quarter of the memory.
 struct Stash {
   int64_t steps;
   int64_t dl(int64_t step) const { return std::max<int64_t>(0, step - 1); }
@@ -120,17 +120,18 @@ struct Backward {
   A lam;
   bool clamp, want_bases, want_u;  // want_u: the sums u of the first step, for bases or λ
   int64_t depth, steps;            // steps: E-steps that are differentiated, max(1, depth)
-  Table<A> mixture;                // μ^T, summed
-  // What dx is made of: [B][steps][2: z da, dl λμ][columns][step], and each as the operand of scores.
-  Table<A> coefficients, slopes, scores;
-  A *bias, *shift;  // [columns]: −∞ beyond K; [B][columns]: ds
-  A* stash;         // [B][N][kept.size()][columns]
-  A *fitted, *u;    // of parts, Σ z dy and Σ dl x: [parts][sum_size]; one memory where depth > 0
-  A* dmu;           // [B, K, C]
-  double* dlam;     // [B, K]
+  Table<A> given;                  // [B]: of a sweep, μ^T or da; summed
+  Table<A> scores;                 // [B][steps]: λμ, summed
+  Table<A> through_z;              // [B][steps]: da, made; what z and dl put into dx
+  Table<A> through_dl;             // [B][steps]: λμ, made
+  A *bias, *shift;                 // [columns]: −∞ beyond K; [B][columns]: ds
+  A* stash;                        // [B][N][kept.size()][columns]
+  A *fitted, *u;  // of parts, Σ z dy and Σ dl x: [parts][sum_size]; one memory where depth > 0
+  A* dmu;         // [B, K, C]
+  double* dlam;   // [B, K]
 
-  int64_t slots() const { return 2 * steps; }
   Stash kept() const { return {steps}; }
+  int64_t at(int64_t image, int64_t step) const { return image * steps + step; }
 };
 
 }  // namespace em

@@ -15,10 +15,10 @@ using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
 // f() with the instruction set and the engine of a call: E and simd are known in the arguments.
-#define SEGKERNELS_BY_ENGINE(call, T, ...)                                   \
-  SEGKERNELS_BY_ISA(simd::by_engine<T>((call).engine, [&](auto engine) {     \
-    using E = decltype(engine);                                              \
-    __VA_ARGS__;                                                             \
+#define SEGKERNELS_BY_ENGINE(call, T, ...)                               \
+  SEGKERNELS_BY_ISA(simd::by_engine<T>((call).engine, [&](auto engine) { \
+    using E = decltype(engine);                                          \
+    __VA_ARGS__;                                                         \
   }))
 
 template <class T>
@@ -29,18 +29,19 @@ PixelMap<T> pixel_map(const Tensor& t) {
     return {mutable_data<T>(t), pixels_of(t)};
 }
 
-// Memory of a call, zeroed: tables are zero beyond bases and channels. From PyTorch, which aligns it to cache
-// lines.
-template <class A>
+// Memory of a call, zeroed (tables are zero beyond bases and channels), on cache lines.
 struct Memory {
-  Tensor like;
-  std::vector<Tensor> parts;
+  std::vector<std::vector<char>> parts;
 
-  A* take(int64_t n) { return mutable_data<A>(torch::stable::zero_(parts.emplace_back(empty(like, {n})))); }
-  Table<A> table(A* rows, int64_t tables, int64_t bytes) {
+  template <class A>
+  A* take(int64_t n) {
+    char* p = parts.emplace_back(n * sizeof(A) + 64).data();
+    return reinterpret_cast<A*>(p + (64 - reinterpret_cast<uintptr_t>(p) % 64));
+  }
+  template <class A>
+  Table<A> tables(A* rows, int64_t number, int64_t bytes) {
     bytes = round_up(bytes, 64);
-    parts.push_back(empty(like, {tables * bytes}, ScalarType::Byte));
-    return {rows, mutable_data<char>(parts.back()), bytes};
+    return {rows, take<char>(number * bytes), bytes};
   }
 };
 
@@ -59,7 +60,8 @@ acc_t<T> temperature(const Optional& lam) {
 template <class A>
 void fill_bias(A* bias, int64_t images, const Sizes& s) {
   for (int64_t i = 0; i < images; ++i)
-    std::fill(bias + i * s.columns() + s.K, bias + (i + 1) * s.columns(), -std::numeric_limits<A>::infinity());
+    std::fill(bias + i * s.columns() + s.K, bias + (i + 1) * s.columns(),
+              -std::numeric_limits<A>::infinity());
 }
 
 void check(const Tensor& x, const Tensor& mu, const Optional& lam, const Optional& w, const Optional& b) {
@@ -70,8 +72,9 @@ void check(const Tensor& x, const Tensor& mu, const Optional& lam, const Optiona
                   "em_attention: mu must be [B, K, C] of the accumulation type of x");
   STD_TORCH_CHECK(!lam || (lam->numel() == 1 && lam->scalar_type() == wide),
                   "em_attention: lam must be one number of the accumulation type of x");
-  STD_TORCH_CHECK(!w || (w->dim() == 2 && w->size(0) == mu.size(2) && w->size(1) == map.C && w->scalar_type() == wide),
-                  "em_attention: w must be [D, C] of the accumulation type of x");
+  STD_TORCH_CHECK(
+      !w || (w->dim() == 2 && w->size(0) == mu.size(2) && w->size(1) == map.C && w->scalar_type() == wide),
+      "em_attention: w must be [D, C] of the accumulation type of x");
   STD_TORCH_CHECK(!b || (w && b->numel() == mu.size(2) && b->scalar_type() == wide),
                   "em_attention: b must be [D], with w, of the accumulation type of x");
 }
@@ -82,9 +85,9 @@ template <class T>
 struct Fitting {
   using A = acc_t<T>;
   Forward<T> call{};
-  Memory<A> memory;
+  Memory memory;
 
-  Fitting(const Tensor& x, const Tensor& mu, const Optional& w, const Optional& b) : memory{mu} {
+  Fitting(const Tensor& x, const Tensor& mu, const Optional& w, const Optional& b) {
     call.sizes = sizes_of(x, mu, mu.size(2));
     static const Engine engine = engine_of<T>();
     call.engine = engine;
@@ -96,14 +99,14 @@ struct Fitting {
     int64_t scores_bytes = 0, mixture_bytes = 0;
     SEGKERNELS_BY_ENGINE(call, T, scores_bytes = E::right_bytes(s.C, s.columns());
                          mixture_bytes = E::right_bytes(s.columns(), s.D))
-    call.scores = memory.table(memory.take(rows * row_step(s.C)), s.B, scores_bytes);
-    call.mixture = memory.table(memory.take(rows * row_step(s.D)), s.B, mixture_bytes);
-    call.heated = w ? memory.take(rows * row_step(s.D)) : call.scores.rows;
-    call.a = memory.take(rows * row_step(s.C));
-    call.folded = w ? memory.take(rows * row_step(s.D)) : call.a;
-    call.bias = memory.take(rows);
+    call.scores = memory.tables(memory.take<A>(rows * row_step(s.C)), s.B, scores_bytes);
+    call.mixture = memory.tables(memory.take<A>(rows * row_step(s.D)), s.B, mixture_bytes);
+    call.heated = w ? memory.take<A>(rows * row_step(s.D)) : call.scores.rows;
+    call.a = memory.take<A>(rows * row_step(s.C));
+    call.folded = w ? memory.take<A>(rows * row_step(s.D)) : call.a;
+    call.bias = memory.take<A>(rows);
     fill_bias(call.bias, s.B, s);
-    call.mass = memory.take(rows);
+    call.mass = memory.take<A>(rows);
   }
 
   template <class F>
@@ -122,8 +125,9 @@ struct Fitting {
         SEGKERNELS_BY_ISA(simd::convolve_bases(call, first, last))
       });
     parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T, for (int64_t i = first; i < last; ++i)
-                                        simd::pack_scores<E>(call.scores, i, s.columns(), s.C, row_step(s.C)))
+      SEGKERNELS_BY_ENGINE(call, T,
+                           for (int64_t i = first; i < last; ++i)
+                               simd::pack_summed<E>(s, s.C, call.scores.rows, i, call.scores[i]))
     });
   }
   void expect() {
@@ -150,8 +154,9 @@ struct Fitting {
                   call.mixture.rows + (image * s.columns() + k) * row_step(s.D));
     });
     parallel_for(s.B, s.columns() * s.D, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T, for (int64_t i = first; i < last; ++i)
-                                        simd::pack_mixture<E>(call.mixture, i, s.columns(), s.D, row_step(s.D)))
+      SEGKERNELS_BY_ENGINE(call, T,
+                           for (int64_t i = first; i < last; ++i)
+                               simd::pack_made<E>(s, s.D, call.mixture.rows, i, call.mixture[i]))
     });
     parallel_for(s.B * s.blocks(), 2 * kBlock * s.K * s.D, [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ENGINE(call, T, simd::reconstruct<E>(call, first, last))
@@ -171,8 +176,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> em_attention(Tensor x
   const Map map = map_of(x);
   const int64_t K = mu.size(1), D = mu.size(2), kept = std::max<int64_t>(0, depth),
                 steps = std::max<int64_t>(1, depth);
-  STD_TORCH_CHECK(iterations >= 0 && depth <= iterations && depth >= -1, "em_attention: depth ", depth, " of ",
-                  iterations, " iterations");
+  STD_TORCH_CHECK(iterations >= 0 && depth <= iterations && depth >= -1, "em_attention: depth ", depth,
+                  " of ", iterations, " iterations");
   const Tensor y = empty_map(x, {map.B, D, map.H, map.W}, channels_last), m = torch::stable::clone(mu),
                z = assignment ? empty_map(mu, {map.B, K, map.H, map.W}, channels_last) : empty(mu, {0}),
                h = empty(mu, depth < 0 ? Ints{0} : Ints{map.B, steps, K, D}), s = empty(mu, {map.B, kept, K}),
@@ -223,27 +228,27 @@ template <class T>
 struct Differentiating {
   using A = acc_t<T>;
   Backward<T> call{};
-  Memory<A> memory;
+  Memory memory;
   std::vector<double> dlam;
 
-  Differentiating(const Tensor& x, const Tensor& m, int64_t depth) : memory{m} {
+  Differentiating(const Tensor& x, const Tensor& m, int64_t depth) {
     call.sizes = sizes_of(x, m, m.size(2));
     static const Engine engine = engine_of<T>();
     call.engine = engine;
     call.depth = depth;
     call.steps = std::max<int64_t>(1, depth);
     const Sizes& s = call.sizes;
-    const int64_t rows = s.B * s.columns(), step = row_step(s.C), slots = call.slots();
     int64_t summed = 0, made = 0;
     SEGKERNELS_BY_ENGINE(call, T, summed = E::right_bytes(s.C, s.columns());
-                         made = E::right_bytes(slots * s.columns(), s.C))
-    call.coefficients = memory.table(memory.take(slots * rows * step), s.B, made);
-    call.mixture = memory.table(memory.take(rows * step), s.B, summed);
-    call.slopes = memory.table(memory.take(rows * step), s.B, summed);
-    call.scores = memory.table(nullptr, s.B * call.steps, summed);
-    call.bias = memory.take(s.columns());
+                         made = E::right_bytes(s.columns(), s.C))
+    A* rows = memory.take<A>(s.B * s.columns() * row_step(s.C));
+    call.given = memory.tables(rows, s.B, summed);
+    call.scores = memory.tables(rows, s.B * call.steps, summed);
+    call.through_dl = memory.tables(rows, s.B * call.steps, made);
+    call.through_z = memory.tables(rows, s.B * depth, made);
+    call.bias = memory.take<A>(s.columns());
     fill_bias(call.bias, 1, s);
-    call.shift = memory.take(rows);
+    call.shift = memory.take<A>(s.B * s.columns());
     dlam.resize(s.B * s.K);
     call.dlam = dlam.data();
   }
@@ -255,54 +260,34 @@ struct Differentiating {
       for (int64_t i = first; i < last; ++i) f(i / s.K, i % s.K);
     });
   }
-  void pack_slopes() {
+  // The rows of each image as a table, `at` of the `per` that the image has.
+  void pack_summed(const Table<A>& to, int64_t at = 0, int64_t per = 1) const {
     const Sizes& s = call.sizes;
     parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T, for (int64_t i = first; i < last; ++i)
-                                        simd::pack_scores<E>(call.slopes, i, s.columns(), s.C, row_step(s.C)))
+      SEGKERNELS_BY_ENGINE(call, T,
+                           for (int64_t i = first; i < last; ++i)
+                               simd::pack_summed<E>(s, s.C, to.rows, i, to[i * per + at]))
     });
   }
-  // λμ of every E-step, and μ^T, as operands.
-  void prepare() {
+  void pack_made(const Table<A>& to, int64_t at) const {
     const Sizes& s = call.sizes;
-    const int64_t step = row_step(s.C), table = s.columns() * step;
-    rows([&](int64_t image, int64_t k) {
-      SEGKERNELS_BY_ISA(for (int64_t e = 0; e < call.steps; ++e) simd::heat_row(call, image, e, k);
-                        simd::mixture_row(call, image, k))
-    });
-    parallel_for(s.B, s.columns() * s.C * (call.steps + 1), [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(
-          call, T, for (int64_t i = first; i < last; ++i) {
-            simd::pack_scores<E>(call.mixture, i, s.columns(), s.C, step);
-            for (int64_t e = 0; e < call.steps; ++e) {
-              Table<A> scores = call.scores;
-              scores.packed += (i * call.steps + e) * scores.bytes;
-              scores.rows = call.coefficients.rows + (i * call.slots() + 2 * e + 1) * table;
-              simd::pack_scores<E>(scores, 0, s.columns(), s.C, step);
-            }
-          })
-    });
-  }
-  // What dx is made of, without da where no base is differentiated.
-  void pack_coefficients() {
-    const Sizes& s = call.sizes;
-    const int64_t skipped = call.depth == 0, slots = call.slots();
-    parallel_for(s.B, slots * s.columns() * s.C, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(
-          call, T, for (int64_t i = first; i < last; ++i) {
-            Table<A> made = call.coefficients;
-            made.packed += i * made.bytes;
-            made.rows += (i * slots + skipped) * s.columns() * row_step(s.C);
-            simd::pack_mixture<E>(made, 0, (slots - skipped) * s.columns(), s.C, row_step(s.C));
-          })
+    parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ENGINE(call, T,
+                           for (int64_t i = first; i < last; ++i)
+                               simd::pack_made<E>(s, s.C, to.rows, i, to[call.at(i, at)]))
     });
   }
 
   void run() {
     const Sizes& s = call.sizes;
     const int64_t depth = call.depth;
-    prepare();
-    if (depth == 0) pack_coefficients();
+    for (int64_t step = 0; step < call.steps; ++step) {
+      rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::heat_row(call, image, step, k)) });
+      pack_summed(call.scores, step, call.steps);
+      pack_made(call.through_dl, step);
+    }
+    rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::last_row(call, image, k)) });
+    pack_summed(call.given);
     parallel_for(s.parts(), cost(s, 3), [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ENGINE(call, T, simd::sweep_reconstruction<E>(call, first, last))
     });
@@ -310,8 +295,8 @@ struct Differentiating {
       rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::fitted_row(call, image, k)) });
     for (int64_t step = depth - 1; step >= 0; --step) {
       rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::divide_row(call, image, step, k)) });
-      pack_slopes();
-      if (step == 0 && call.dx.data) pack_coefficients();
+      pack_summed(call.given);
+      pack_made(call.through_z, step);
       parallel_for(s.parts(), cost(s, 3), [&](int64_t first, int64_t last) {
         SEGKERNELS_BY_ENGINE(call, T, simd::sweep_iteration<E>(call, step, first, last))
       });
@@ -331,15 +316,17 @@ std::tuple<Tensor, Tensor, Tensor> em_attention_backward(Optional dy, Optional d
                                                          Tensor m, Tensor h, Tensor s, Tensor r, Optional lam,
                                                          int64_t depth, bool clamp, Ints need) {
   check(x, m, lam, std::nullopt, std::nullopt);
-  STD_TORCH_CHECK(need.size() == 3 && depth >= 0, "em_attention_backward: need has 3 numbers, depth is 0 or more");
+  STD_TORCH_CHECK(need.size() == 3 && depth >= 0,
+                  "em_attention_backward: need has 3 numbers, depth is 0 or more");
   const bool channels_last = is_channels_last(map_of(x));
   x = as_pixels(x), m = dense(m), h = dense(h), s = dense(s), r = dense(r);
   const Map map = map_of(x);
   const int64_t K = m.size(1), steps = std::max<int64_t>(1, depth);
-  STD_TORCH_CHECK(h.numel() == map.B * steps * K * map.C && s.numel() == map.B * depth * K &&
-                      r.numel() == s.numel() && h.scalar_type() == m.scalar_type() &&
-                      s.scalar_type() == m.scalar_type() && r.scalar_type() == m.scalar_type(),
-                  "em_attention_backward: h must be [B, steps, K, C], s and r [B, depth, K], of the type of m");
+  STD_TORCH_CHECK(
+      h.numel() == map.B * steps * K * map.C && s.numel() == map.B * depth * K && r.numel() == s.numel() &&
+          h.scalar_type() == m.scalar_type() && s.scalar_type() == m.scalar_type() &&
+          r.scalar_type() == m.scalar_type(),
+      "em_attention_backward: h must be [B, steps, K, C], s and r [B, depth, K], of the type of m");
   const Ints none{0};
   const Tensor dx = need[0] ? empty_map(x, {map.B, map.C, map.H, map.W}, channels_last) : empty(x, none),
                dmu = empty(m, {map.B, K, map.C}), dlam = empty(m, need[2] ? Ints{} : none);

@@ -1,5 +1,5 @@
-// E-steps, M-steps and the reconstruction over blocks of pixels. Compiled once per instruction set (no include
-// guard).
+// E-steps, M-steps and the reconstruction over blocks of pixels. Compiled once per instruction set (no
+// include guard).
 
 #include "common/assignment_kernels.h"
 #include "common/gemm.h"
@@ -63,7 +63,8 @@ void slopes(int64_t pixels, int64_t columns, Rows<const A> z, Rows<A> dl) {
 
 // out[t][k] = scores + shift_k (+ more, where kMore)
 template <bool kMore, class A>
-void add_scores(int64_t pixels, int64_t columns, Rows<const A> scores, const A* shift, Rows<A> more, Rows<A> out) {
+void add_scores(int64_t pixels, int64_t columns, Rows<const A> scores, const A* shift, Rows<A> more,
+                Rows<A> out) {
   for (int64_t t = 0; t < pixels; ++t)
     for (int64_t k = 0; k < columns; k += Vec<A>::lanes) {
       Vec<A> g = load(scores[t] + k) + load(shift + k);
@@ -94,17 +95,17 @@ struct Block {
   [[maybe_unused]] typename E::Session session;
 
   static int64_t widest(const Sizes& s) { return std::max(s.C, s.D); }
-  static int64_t left_bytes(const Sizes& s, int64_t inner) {
-    return std::max(E::left_bytes(kBlock, std::max(widest(s), inner)), E::left_bytes(s.K, kBlock));
+  static int64_t left_bytes(const Sizes& s) {
+    return std::max(
+        {E::left_bytes(kBlock, widest(s)), E::left_bytes(kBlock, s.columns()), E::left_bytes(s.K, kBlock)});
   }
-  // inner: of the longest row of responsibilities
-  static int64_t bytes(const Sizes& s, int64_t inner) {
-    return left_bytes(s, inner) + E::right_bytes(kBlock, widest(s)) + 512 +
+  static int64_t bytes(const Sizes& s) {
+    return left_bytes(s) + E::right_bytes(kBlock, widest(s)) + 512 +
            kBlock * 2 * (row_step(widest(s)) + s.step()) * int64_t(sizeof(A));
   }
-  Block(const Sizes& sizes, int64_t inner, Scratch& memory)
+  Block(const Sizes& sizes, Scratch& memory)
       : s(sizes),
-        left(memory.take<char>(left_bytes(s, inner))),
+        left(memory.take<char>(left_bytes(s))),
         right(memory.take<char>(E::right_bytes(kBlock, widest(s)))),
         x{memory.take<A>(kBlock * row_step(widest(s))), row_step(widest(s))},
         scores{memory.take<A>(kBlock * s.step()), s.step()},
@@ -119,25 +120,28 @@ struct Block {
     load_block(map.block(image, block), map.at, s.pixels(block), static_cast<const A*>(nullptr), rows);
     return s.pixels(block);
   }
-  // result[t][·] = rows[t][·] · table, n of them, k summed
-  void multiply(int64_t pixels, int64_t n, int64_t k, Rows<A> rows, const char* table, Rows<A> result) const {
-    E::multiply(pixels, n, k, E::left({rows.p, rows.step, 1}, pixels, k, left), E::right_at(table, k), result.p,
-                result.step, false);
+  // result[t][·] (+)= rows[t][·] · table, n of them, k summed
+  void multiply(int64_t pixels, int64_t n, int64_t k, Rows<A> rows, const char* table, Rows<A> result,
+                bool add = false) const {
+    E::multiply(pixels, n, k, E::left({rows.p, rows.step, 1}, pixels, k, left), E::right_at(table, k),
+                result.p, result.step, add);
   }
   // sums[k][c] += Σ_t q[t][k] rows[t][c]
   void sum(int64_t pixels, Rows<A> q, Rows<A> rows, int64_t channels, A* sums) const {
     E::multiply(s.K, channels, pixels, E::left({q.p, 1, q.step}, s.K, pixels, left),
                 E::right({rows.p, rows.step, 1}, pixels, channels, right), sums, row_step(channels), true);
   }
-  // A block of a map = rows · table, in place where the map has room for all that is written.
+  // Where a block of a map is made: in the map itself where that has room for all that products write.
   template <class S>
-  void mix(int64_t image, int64_t block, int64_t k, Rows<A> rows, const char* table, const PixelMap<S>& map) const {
-    const int64_t pixels = s.pixels(block), channels = map.at.C;
+  Rows<A> target(const PixelMap<S>& map, int64_t image, int64_t block) const {
     if constexpr (std::is_same_v<S, A>)
-      if (map.at.channel == 1 && channels % kTile == 0 && pixels == kBlock)
-        return multiply(pixels, channels, k, rows, table, {map.block(image, block), map.at.pixel});
-    multiply(pixels, channels, k, rows, table, out);
-    store_block(read(out), pixels, map.block(image, block), map.at);
+      if (map.at.channel == 1 && map.at.C % kTile == 0 && s.pixels(block) == kBlock)
+        return {map.block(image, block), map.at.pixel};
+    return out;
+  }
+  template <class S>
+  void deliver(Rows<A> made, const PixelMap<S>& map, int64_t image, int64_t block) const {
+    if (made.p == out.p) store_block(read(out), s.pixels(block), map.block(image, block), map.at);
   }
 };
 
@@ -155,8 +159,8 @@ template <class E, class T>
 void expect(const Forward<T>& call, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const Sizes& s = call.sizes;
-  Scratch memory(Block<E, T>::bytes(s, s.columns()));
-  const Block<E, T> b(s, s.columns(), memory);
+  Scratch memory(Block<E, T>::bytes(s));
+  const Block<E, T> b(s, memory);
   const int64_t columns = s.columns(), size = s.sum_size();
   for (int64_t part = first; part < last; ++part) {
     const int64_t image = part / s.splits;
@@ -170,8 +174,7 @@ void expect(const Forward<T>& call, int64_t first, int64_t last) {
       const Rows<A> z = call.last ? rows_of(call, image, block) : b.z;
       b.multiply(pixels, columns, s.C, b.x, call.scores[image], b.scores);
       responsibilities(pixels, columns, b.read(b.scores), call.bias + image * columns, z);
-      if (call.last && call.z.data)
-        store_block(b.read(z), pixels, call.z.block(image, block), call.z.at);
+      if (call.last && call.z.data) store_block(b.read(z), pixels, call.z.block(image, block), call.z.at);
       if (!call.sums_wanted) continue;
       add_rows(pixels, columns, b.read(z), masses);
       b.sum(pixels, z, b.x, s.C, sums);
@@ -184,11 +187,13 @@ template <class E, class T>
 void reconstruct(const Forward<T>& call, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const Sizes& s = call.sizes;
-  Scratch memory(Block<E, T>::bytes(s, s.columns()));
-  const Block<E, T> b(s, s.columns(), memory);
+  Scratch memory(Block<E, T>::bytes(s));
+  const Block<E, T> b(s, memory);
   for (int64_t i = first; i < last; ++i) {
     const int64_t image = i / s.blocks(), block = i % s.blocks();
-    b.mix(image, block, s.columns(), rows_of(call, image, block), call.mixture[image], call.y);
+    const Rows<A> y = b.target(call.y, image, block);
+    b.multiply(s.pixels(block), s.D, s.columns(), rows_of(call, image, block), call.mixture[image], y);
+    b.deliver(y, call.y, image, block);
   }
 }
 
@@ -269,15 +274,16 @@ void convolve_bases(const Forward<T>& call, int64_t first, int64_t last) {
 
 // -- tables -------------------------------------------------------------------------------------------
 
-// Table i as the right operand of products over its channels, [channels][columns], or of its bases,
-// [rows][channels].
+// An image's rows of a table packed as table `to`.
 template <class E, class A>
-void pack_scores(const Table<A>& table, int64_t i, int64_t columns, int64_t channels, int64_t step) {
-  E::packed({table.rows + i * columns * step, 1, step}, channels, columns, table.packed + i * table.bytes);
+void pack_summed(const Sizes& s, int64_t channels, const A* rows, int64_t image, char* to) {
+  const int64_t step = row_step(channels);
+  E::packed({rows + image * s.columns() * step, 1, step}, channels, s.columns(), to);
 }
 template <class E, class A>
-void pack_mixture(const Table<A>& table, int64_t i, int64_t rows, int64_t channels, int64_t step) {
-  E::packed({table.rows + i * rows * step, step, 1}, rows, channels, table.packed + i * table.bytes);
+void pack_made(const Sizes& s, int64_t channels, const A* rows, int64_t image, char* to) {
+  const int64_t step = row_step(channels);
+  E::packed({rows + image * s.columns() * step, step, 1}, s.columns(), channels, to);
 }
 
 }  // namespace SEGKERNELS_ISA

@@ -23,7 +23,6 @@ namespace separable {
 constexpr int64_t kPixels = 128, kChannels = 256;
 constexpr int64_t kUnit = 32;  // pixels that matrix products take at once
 
-
 struct Tile {
   int64_t image, first, last;
   int64_t size() const { return last - first; }

@@ -42,7 +42,7 @@ void backward(const Call<T>& call, int64_t first, int64_t last) {
   const int64_t sums = round_up(std::max(s.D, width), 32) * 64 / sizeof(A),
                 dv_size = round_up(s.D, 32) * dv_step;
   Scratch memory(tile_size<kLast>(s.D) * sizeof(A) + tile_size<kLast>(width) * (sizeof(T) + 2 * sizeof(A)) +
-                   left + right + (2 * sums + dv_size) * sizeof(A) + 1024);
+                 left + right + (2 * sums + dv_size) * sizeof(A) + 1024);
   const Matrix<A> g{memory.take<A>(tile_size<kLast>(s.D)), tile_step<kLast>(s.D)};
   const Matrix<T> d{memory.take<T>(tile_size<kLast>(width)), tile_step<kLast>(width)};
   const Matrix<A> h{memory.take<A>(tile_size<kLast>(width)), tile_step<kLast>(width)};
@@ -184,7 +184,8 @@ void run(Stage stage, const Call<T>& call, int64_t first, int64_t last) {
 // Bytes of a slot of packed weights.
 template <class T>
 int64_t weight_bytes(const Call<T>& call, bool backward) {
-  return by_engine<T>(call.engine, [&](auto engine) { return weight_bytes<decltype(engine)>(call.sizes, backward); });
+  return by_engine<T>(call.engine,
+                      [&](auto engine) { return weight_bytes<decltype(engine)>(call.sizes, backward); });
 }
 
 }  // namespace SEGKERNELS_ISA

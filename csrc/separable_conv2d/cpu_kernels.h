@@ -221,7 +221,7 @@ void forward(const Call<T>& call, int64_t first, int64_t last) {
   const int64_t width = chunk_width(s), o_size = tile_size<kLast>(s.D);
   const int64_t scratch = std::max(E::left_bytes(kPixels, width), E::right_bytes(width, kPixels));
   Scratch memory(tile_size<kLast>(width) * (sizeof(T) + sizeof(A)) + s.R * o_size * sizeof(A) + scratch +
-                   (s.D + 64) * (64 + 2 * sizeof(A)) + 1024);
+                 (s.D + 64) * (64 + 2 * sizeof(A)) + 1024);
   const Matrix<T> d{memory.take<T>(tile_size<kLast>(width)), tile_step<kLast>(width)};
   const Matrix<A> h{memory.take<A>(tile_size<kLast>(width)), tile_step<kLast>(width)};
   A* o = memory.take<A>(s.R * o_size);
