@@ -108,6 +108,16 @@ struct Stash {
   int64_t size() const { return z(steps - 1) + 1; }
 };
 
+// The bases before every differentiated step: those `given` to the first, if they are, and h.
+template <class A>
+struct Beginnings {
+  const A *mu, *h;  // [B, K, C] and [B, steps − given, K, C]
+  int64_t steps, given, size;
+  const A* operator()(int64_t image, int64_t step) const {
+    return step < given ? mu + image * size : h + (image * (steps - given) + step - given) * size;
+  }
+};
+
 template <class T>
 struct Backward {
   using A = acc_t<T>;
@@ -116,7 +126,8 @@ struct Backward {
   PixelMap<const T> x, dy;
   PixelMap<const A> dz;
   PixelMap<T> dx;
-  const A *h, *m, *s, *r, *dm;  // dm may be null
+  Beginnings<A> before;
+  const A *m, *s, *r, *dm;  // dm may be null
   A lam;
   bool clamp, want_bases, want_u;  // want_u: the sums u of the first step, for bases or λ
   int64_t depth, steps;            // steps: E-steps that are differentiated, max(1, depth)

@@ -175,13 +175,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> em_attention(Tensor x
   if (b) b = dense(*b);
   const Map map = map_of(x);
   const int64_t K = mu.size(1), D = mu.size(2), kept = std::max<int64_t>(0, depth),
-                steps = std::max<int64_t>(1, depth);
+                steps = std::max<int64_t>(1, depth), given = iterations <= steps;  // begins from mu
   STD_TORCH_CHECK(iterations >= 0 && depth <= iterations && depth >= -1, "em_attention: depth ", depth,
                   " of ", iterations, " iterations");
   const Tensor y = empty_map(x, {map.B, D, map.H, map.W}, channels_last), m = torch::stable::clone(mu),
                z = assignment ? empty_map(mu, {map.B, K, map.H, map.W}, channels_last) : empty(mu, {0}),
-               h = empty(mu, depth < 0 ? Ints{0} : Ints{map.B, steps, K, D}), s = empty(mu, {map.B, kept, K}),
-               r = empty(mu, {map.B, kept, K});
+               h = empty(mu, depth < 0 ? Ints{0} : Ints{map.B, steps - given, K, D}),
+               s = empty(mu, {map.B, kept, K}), r = empty(mu, {map.B, kept, K});
   if (x.numel() == 0) {
     for (Tensor t : {y, z, h, s, r}) torch::stable::zero_(t);
     return {y, z, m, h, s, r};
@@ -207,10 +207,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> em_attention(Tensor x
     const int64_t passes = std::max<int64_t>(1, iterations);
     for (int64_t t = 0; t < passes; ++t) {
       call.last = t == passes - 1;
-      const int64_t step = t - (passes - steps), moment = t - (iterations - kept);
-      if (depth >= 0 && step >= 0)
+      const int64_t between = t - (passes - steps) - given, moment = t - (iterations - kept);
+      if (depth >= 0 && between >= 0)
         for (int64_t image = 0; image < map.B; ++image)
-          std::copy_n(call.m + image * K * D, K * D, mutable_data<A>(h) + (image * steps + step) * K * D);
+          std::copy_n(call.m + image * K * D, K * D,
+                      mutable_data<A>(h) + (image * (steps - given) + between) * K * D);
       call.s = kept && moment >= 0 ? mutable_data<A>(s) + moment * K : nullptr;
       call.r = kept && moment >= 0 ? mutable_data<A>(r) + moment * K : nullptr;
       fitting.heat();
@@ -313,20 +314,23 @@ struct Differentiating {
 };
 
 std::tuple<Tensor, Tensor, Tensor> em_attention_backward(Optional dy, Optional dz, Optional dm, Tensor x,
-                                                         Tensor m, Tensor h, Tensor s, Tensor r, Optional lam,
-                                                         int64_t depth, bool clamp, Ints need) {
+                                                         Tensor mu, Tensor m, Tensor h, Tensor s, Tensor r,
+                                                         Optional lam, int64_t depth, bool clamp, Ints need) {
+  check(x, mu, lam, std::nullopt, std::nullopt);
   check(x, m, lam, std::nullopt, std::nullopt);
   STD_TORCH_CHECK(need.size() == 3 && depth >= 0,
                   "em_attention_backward: need has 3 numbers, depth is 0 or more");
   const bool channels_last = is_channels_last(map_of(x));
-  x = as_pixels(x), m = dense(m), h = dense(h), s = dense(s), r = dense(r);
+  x = as_pixels(x), mu = dense(mu), m = dense(m), h = dense(h), s = dense(s), r = dense(r);
   const Map map = map_of(x);
-  const int64_t K = m.size(1), steps = std::max<int64_t>(1, depth);
+  const int64_t K = m.size(1), steps = std::max<int64_t>(1, depth),
+                given = steps - (h.dim() == 4 ? h.size(1) : 0);
   STD_TORCH_CHECK(
-      h.numel() == map.B * steps * K * map.C && s.numel() == map.B * depth * K && r.numel() == s.numel() &&
-          h.scalar_type() == m.scalar_type() && s.scalar_type() == m.scalar_type() &&
-          r.scalar_type() == m.scalar_type(),
-      "em_attention_backward: h must be [B, steps, K, C], s and r [B, depth, K], of the type of m");
+      (given == 0 || given == 1) && mu.size(1) == K && h.numel() == map.B * (steps - given) * K * map.C &&
+          s.numel() == map.B * depth * K && r.numel() == s.numel() && h.scalar_type() == m.scalar_type() &&
+          s.scalar_type() == m.scalar_type() && r.scalar_type() == m.scalar_type(),
+      "em_attention_backward: h must be [B, steps or one less, K, C], mu as m, s and r [B, depth, K], of "
+      "the type of m");
   const Ints none{0};
   const Tensor dx = need[0] ? empty_map(x, {map.B, map.C, map.H, map.W}, channels_last) : empty(x, none),
                dmu = empty(m, {map.B, K, map.C}), dlam = empty(m, need[2] ? Ints{} : none);
@@ -362,7 +366,8 @@ std::tuple<Tensor, Tensor, Tensor> em_attention_backward(Optional dy, Optional d
                       "em_attention_backward: dm must be as m");
     }
     if (need[0]) call.dx = pixel_map<T>(dx);
-    call.h = const_data<A>(h), call.m = const_data<A>(m);
+    call.before = {const_data<A>(mu), const_data<A>(h), steps, given, K * map.C};
+    call.m = const_data<A>(m);
     call.s = const_data<A>(s), call.r = const_data<A>(r);
     call.lam = temperature<T>(lam);
     call.clamp = clamp;

@@ -162,7 +162,7 @@ acc_t<T>* table_row(const Backward<T>& call, int64_t image, int64_t k) {
 template <class T>
 void heat_row(const Backward<T>& call, int64_t image, int64_t step, int64_t k) {
   const Sizes& s = call.sizes;
-  const acc_t<T>* mu = call.h + (call.at(image, step) * s.K + k) * s.C;
+  const acc_t<T>* mu = call.before(image, step) + k * s.C;
   acc_t<T>* out = table_row(call, image, k);
   for (int64_t c = 0; c < s.C; ++c) out[c] = call.lam * mu[c];
 }
@@ -191,7 +191,7 @@ void scored_row(const Backward<T>& call, int64_t image, int64_t step, int64_t k,
   const int64_t width = row_step(s.C), at = (image * s.K + k) * s.C;
   std::vector<A> row(width);
   sum_parts(static_cast<const A*>(call.u), s.splits, s.sum_rows(), width, image, k, row.data());
-  const A* mu = call.h + (call.at(image, step) * s.K + k) * s.C;
+  const A* mu = call.before(image, step) + k * s.C;
   double share = 0;
   for (int64_t c = 0; c < s.C; ++c) {
     share += double(mu[c]) * row[c];
@@ -207,7 +207,7 @@ void divide_row(const Backward<T>& call, int64_t image, int64_t step, int64_t k)
   const Sizes& s = call.sizes;
   const int64_t at = (image * s.K + k) * s.C, moment = (image * call.depth + step) * s.K + k;
   const A* dmu = call.dmu + at;
-  const A* mu = step == call.steps - 1 ? call.m + at : call.h + (call.at(image, step + 1) * s.K + k) * s.C;
+  const A* mu = step == call.steps - 1 ? call.m + at : call.before(image, step + 1) + k * s.C;
   const A r = call.r[moment];
   const Divisor<A> divisor(r, call.s[moment], call.clamp);
   const A along = inner(s.C, mu, dmu);

@@ -49,7 +49,7 @@ With g = dy, in the order of computation:
 
     dx_i = \sum_{t,k} z^t_{ik} \, da^t_k + \lambda \, dl^t_{ik} \, \mu^{t-1}_k
 
-Saved: the bases before each iteration, s and r. Nothing of the size of pixels by bases.
+Saved: the bases between the iterations, s and r. Nothing of the size of pixels by bases.
 
 **A 1x1 convolution in front** of the unit, x = W f + b, is read by products with bases and by sums
 only, so it folds into them: λ⟨x, μ⟩ = λ⟨f, Wᵀμ⟩ + λ⟨b, μ⟩ and a = W Σ z f + s b. It then never runs
@@ -66,7 +66,8 @@ w, b      ``weight``, ``bias``   [D, C], [D], of a 1x1 convolution; the bases ar
 y         reconstruction         [B, D, H, W]
 z         assignment             [B, K, H, W]
 m         bases                  [B, K, D], μ^T
-h         bases before           [B, E, K, D], of the last E = max(1, depth) E-steps
+h         bases before           [B, E, K, D], of the last max(1, depth) E-steps, but for the first
+                                 of them where that begins from mu
 s, r      masses, lengths        [B, depth, K], of the last `depth` M-steps
 ========  =====================  ===================================================================
 
@@ -250,6 +251,7 @@ def _shapes(
     assignment: bool,
 ) -> tuple[Tensor, ...]:
     B, K, D = mu.shape
+    steps = max(1, depth)
     wide, layout = accumulation_dtype(x.dtype), fused.memory_format(x)
 
     def empty(*size: int) -> Tensor:
@@ -263,7 +265,7 @@ def _shapes(
         empty_map(D, x.dtype),
         empty_map(K, wide) if assignment else empty(0),
         empty(B, K, D),
-        empty(0) if depth < 0 else empty(B, max(1, depth), K, D),
+        empty(0) if depth < 0 else empty(B, steps - (iterations <= steps), K, D),
         empty(B, max(0, depth), K),
         empty(B, max(0, depth), K),
     )
@@ -274,11 +276,10 @@ _OPERATOR = fused.declare(
     forward="(Tensor x, Tensor mu, Tensor? lam, Tensor? w, Tensor? b, int iterations, int depth,"
     " bool clamp, bool assignment)"
     " -> (Tensor y, Tensor z, Tensor m, Tensor h, Tensor s, Tensor r)",
-    backward="(Tensor? dy, Tensor? dz, Tensor? dm, Tensor x, Tensor m, Tensor h, Tensor s,"
-    " Tensor r, Tensor? lam, int depth, bool clamp, int[] need)"
+    backward="(Tensor? dy, Tensor? dz, Tensor? dm, Tensor x, Tensor mu, Tensor m, Tensor h,"
+    " Tensor s, Tensor r, Tensor? lam, int depth, bool clamp, int[] need)"
     " -> (Tensor dx, Tensor dmu, Tensor dlam)",
     shapes=_shapes,
     wide=("mu", "lam", "w", "b"),
-    sizes={"dmu": lambda m: m.shape},
     limits=lambda mu: too_many_nodes(mu.shape[1]),
 )
