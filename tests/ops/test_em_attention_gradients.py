@@ -162,6 +162,7 @@ def test_last_of_any_strides(
     inputs = case.inputs(dtype, LAYOUTS[layout], device)
     dy, dm, dz = cotangents_like(OP, inputs)
     check(OP, case, inputs, backend, (VIEWS[view](dy), dm, VIEWS[view](dz)))
+    inputs["iterations"] = 1  # after more of them, equal pixels have equal bases and no gradient
     inputs["features"] = VIEWS[view](inputs["features"])
     check(OP, case, inputs, backend, cotangents_like(OP, inputs))
 
