@@ -20,7 +20,9 @@ from benchmarks.goals import EVERY, GOALS, Goal, judge
 from benchmarks.layers import STEP, SeparableStep
 from benchmarks.measure import Row, Settings, empty, measure
 from benchmarks.work import (
+    BEST_RIVAL,
     COMPILED,
+    COMPILED_OTHER,
     DTYPES,
     LAYOUTS,
     MODES,
@@ -171,10 +173,13 @@ def _compare_parser() -> argparse.ArgumentParser:
 
 def _settings(options: argparse.Namespace) -> Settings:
     if options.goals:
-        return Settings(options.budget or 4.0, (21, 400), options.threads, False, True)
+        return Settings(options.budget or 4.0, (21, 400), options.threads, (), goals=True)
     if options.quick:
-        return Settings(options.budget or 0.25, (5, 100), options.threads, compile=False)
-    return Settings(options.budget or 1.0, threads=options.threads, compile=not options.no_compile)
+        return Settings(options.budget or 0.25, (5, 100), options.threads, ())
+    compiled = () if options.no_compile else (COMPILED,)
+    return Settings(
+        options.budget or 1.0, threads=options.threads, compiled=compiled, goals=bool(compiled)
+    )
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -201,9 +206,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     return [(work, some) for work, some in plan if some]
 
 
+def _covering(work: Work, mode: str) -> list[Goal]:
+    return [g for g in GOALS if g.covers(*work.key, mode, work.device)]
+
+
 def _rank(work: Work) -> int:
     """0 with a goal of its own, 1 with one for many rows, 2 without."""
-    covering = [g.case for g in GOALS for m in work.modes if g.covers(*work.key, m, work.device)]
+    covering = [g.case for m in work.modes for g in _covering(work, m)]
     return 2 if not covering else int(all(case == EVERY for case in covering))
 
 
@@ -213,20 +222,18 @@ def _backends(op: str, device: str) -> list[str]:
 
 
 def _with_goals(work: Work, modes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(m for m in modes if any(g.covers(*work.key, m, work.device) for g in GOALS))
+    return tuple(m for m in modes if _covering(work, m))
 
 
 def _goals(options: argparse.Namespace) -> list[Goal]:
     return [g for g in GOALS if g.device == options.device.split(":")[0]]
 
 
-def _compiled_goal(work: Work, settings: Settings) -> bool:
-    """Whether a run for goals needs the compiled form all the same."""
-    return settings.goals and any(
-        g.against == COMPILED and g.covers(*work.key, mode, work.device)
-        for g in GOALS
-        for mode in work.modes
-    )
+def _compiled(work: Work, settings: Settings) -> tuple[str, ...]:
+    """The compiled ways, with those that the goals of this work are against."""
+    rivals = {g.against for m in work.modes for g in _covering(work, m) if settings.goals}
+    both = (COMPILED, COMPILED_OTHER) if BEST_RIVAL in rivals else ()
+    return tuple(sorted({*settings.compiled, *both, *(rivals & {COMPILED})}))
 
 
 def _run(plan: Plan, settings: Settings, limit: float | None) -> tuple[list[Row], bool]:
@@ -254,8 +261,8 @@ def _rows(work: Work, modes: tuple[str, ...], settings: Settings) -> Iterator[Ro
     """The rows of one work; one that fails is a row that says so."""
     done = 0
     try:
-        compiled = settings.compile or _compiled_goal(work, settings)
-        for row in measure(work, modes, replace(settings, compile=compiled)):
+        compiled = _compiled(work, settings)
+        for row in measure(work, modes, replace(settings, compiled=compiled)):
             done += 1
             yield row
     except (RuntimeError, ValueError, NotImplementedError) as error:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from benchmarks.work import OURS, Tensors, Way, cotangents
+from benchmarks.work import OURS, Tensors, Way, cotangents, gradients
 from segkernels import tolerance
 
 
@@ -63,14 +62,14 @@ def accuracy(ways: Mapping[str, Way], truth: Way, yardstick: Way, length: int) -
     """
     y = truth.results()
     dy = cotangents(yardstick.results())
-    gradients = torch.autograd.grad(y, truth.leaves, [d.double() for d in dy])
-    true = (tuple(t.detach() for t in y), gradients)
+    dt = gradients(y, truth.leaves, [d.double() for d in dy])
+    true = (tuple(t.detach() for t in y), dt)
     errors = {name: _errors(way, dy, true) for name, way in ways.items()}
     forward, backward = _errors(yardstick, dy, true)
     budget = tolerance.budget(dy[0].dtype, length)
     return Accuracy(
         {name: result for name, (result, _) in errors.items()},
-        {name: gradients for name, (_, gradients) in errors.items()},
+        {name: gradient for name, (_, gradient) in errors.items()},
         (tuple(e + budget for e in forward), tuple(e + budget for e in backward)),
     )
 
@@ -81,11 +80,9 @@ def _errors(
     y = way.results()
     if [t.shape for t in y] != [d.shape for d in dy]:
         return (math.inf,) * len(dy), (math.inf,) * len(true[1])
-    gradients = torch.autograd.grad(
-        y, way.leaves, [d.to(t.dtype) for d, t in zip(dy, y, strict=True)]
-    )
+    made = gradients(y, way.leaves, [d.to(t.dtype) for d, t in zip(dy, y, strict=True)])
     largest = max((t.abs().max().item() for t in true[1] if t.numel()), default=0.0)
     return (
         tuple(tolerance.error(*pair) for pair in zip(y, true[0], strict=True)),
-        tuple(tolerance.error(*pair, largest) for pair in zip(gradients, true[1], strict=True)),
+        tuple(tolerance.error(*pair, largest) for pair in zip(made, true[1], strict=True)),
     )

@@ -173,6 +173,48 @@ def reproject(nodes: Tensor, assignment: Tensor, residual: Tensor | None = None)
     return y.transpose(1, 2).unflatten(2, assignment.shape[2:])
 
 
+def em_attention(
+    features: Tensor,
+    bases: Tensor,
+    iterations: int = 3,
+    *,
+    temperature: float | Tensor = 1.0,
+    gradient: str = "none",
+    norm: str = "additive",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    return_assignment: bool = False,
+) -> tuple[Tensor, ...]:
+    """EMANet's unit over [B, C, N]: the responsibilities divided by their sums over the pixels,
+    then the bases by their lengths. gradient: "none", "last" or "full"."""
+    if weight is not None:
+        features = F.conv2d(features, weight.reshape(*weight.shape[:2], 1, 1), bias)
+    x = features.flatten(2)
+    mu = bases.to(x.dtype).expand(len(x), -1, -1)  # [B, C, K]
+
+    def assigned(mu: Tensor) -> Tensor:
+        scores = torch.bmm(x.mT, mu)  # [B, N, K]
+        plain = isinstance(temperature, float) and temperature == 1
+        return (scores if plain else scores * temperature).softmax(2)
+
+    def fitted(z: Tensor) -> Tensor:
+        if norm == "clamp":
+            return F.normalize(torch.bmm(x, F.normalize(z, p=1, dim=1)), dim=1)
+        mu = torch.bmm(x, z / (1e-6 + z.sum(1, keepdim=True)))
+        return mu / (1e-6 + mu.norm(dim=1, keepdim=True))
+
+    recorded = torch.is_grad_enabled()
+    with torch.set_grad_enabled(recorded and gradient == "full"):
+        for _ in range(iterations - 1):
+            mu = fitted(assigned(mu))
+    with torch.set_grad_enabled(recorded and gradient != "none"):
+        z = assigned(mu)
+        mu = fitted(z) if iterations else mu
+        mu = mu if gradient == "full" else mu.detach()
+        y = torch.bmm(mu, z.mT).unflatten(2, features.shape[2:])
+    return (y, mu, z.mT.unflatten(2, features.shape[2:])) if return_assignment else (y, mu)
+
+
 def _pixels_first(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, N, C]"""
     return x.flatten(2).transpose(1, 2)
@@ -221,6 +263,15 @@ def _encode_products(
     return _products(mode, _NodeProducts(1, 1, 0), _NodeProducts(1, 1, 2), features, codewords)
 
 
+def _em_attention_products(
+    mode: str, features: Tensor, bases: Tensor, iterations: int, gradient: str, **_: Any
+) -> Callable[[], list[Tensor]]:
+    t = iterations
+    forward, full = _NodeProducts(t, t, 1), _NodeProducts(2 * t + 1, t + 1, 2 * t)
+    backward = _NodeProducts(2, 0, 1) if gradient == "last" else full
+    return _products(mode, forward, backward, features, bases.mT)
+
+
 EXPANDED: dict[str, Callable[..., Any]] = {
     "soft_assign": _expanded_soft_assign,
     "encode": _expanded_encode,
@@ -229,6 +280,7 @@ EXPANDED: dict[str, Callable[..., Any]] = {
 PRODUCTS: dict[str, Callable[..., Callable[[], list[Tensor]]]] = {
     "soft_assign": _soft_assign_products,
     "encode": _encode_products,
+    "em_attention": _em_attention_products,
 }
 
 FOLDED: dict[str, Callable[..., Callable[[], Tensor] | None]] = {

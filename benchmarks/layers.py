@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -47,13 +47,14 @@ class SeparableStep(Work):
         return {"x": inputs["x"], "plain": plain, "ours": ours}
 
     def ways(
-        self, arguments: Arguments, grad: bool, compiled: Callable[..., Any] | None
+        self, arguments: Arguments, grad: bool, compiled: Mapping[str, Callable[..., Any]]
     ) -> dict[str, Way]:
-        x, plain = arguments["x"], arguments["plain"]
+        x, other = arguments["x"], in_other_format(arguments)["x"]
+        plain = arguments["plain"]
         ways = {OURS: _way(arguments["ours"], x), EAGER: _way(plain, x)}
-        ways[OTHER_FORMAT] = _way(plain, in_other_format(arguments)["x"])
-        if compiled is not None:
-            ways[COMPILED] = _way(plain, x, compiled)
+        ways[OTHER_FORMAT] = _way(plain, other)
+        for name, call in compiled.items():
+            ways[name] = _way(plain, x if name == COMPILED else other, call)
         return ways
 
     def baseline(self) -> Callable[..., Any]:

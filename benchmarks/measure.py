@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks import work as ways_of
 from benchmarks.accuracy import accuracy
-from benchmarks.work import BEST, COMPILED, EAGER, EXPANDED, OURS, Arguments, Work
+from benchmarks.work import (
+    BEST_EAGER,
+    BEST_RIVAL,
+    COMPILED,
+    COMPILED_OTHER,
+    EAGER,
+    EAGERS,
+    EXPANDED,
+    OURS,
+    Arguments,
+    Work,
+)
 from segkernels import timing
 from segkernels.timing import Call, Run
 
@@ -17,6 +28,8 @@ COPY = "copy"
 PRODUCTS = "products"
 L2_BYTES = 180e6  # inputs beyond this many bytes between two uses leave no GPU's cache warm
 MAX_SETS = 64
+
+Compiled = Mapping[str, Callable[..., Any]]  # the compiled baseline by the names of its ways
 
 
 @dataclass(frozen=True)
@@ -26,8 +39,8 @@ class Settings:
     budget: float = 1.0
     rounds: tuple[int, int] = (7, 400)
     threads: int | None = None
-    compile: bool = True
-    goals: bool = False  # what a goal is against is measured in any case
+    compiled: tuple[str, ...] = (COMPILED,)  # the compiled ways
+    goals: bool = False  # and those that a goal is against
 
 
 @dataclass
@@ -46,6 +59,7 @@ class Row:
     clock: str = ""
     rounds: int = 0
     best_eager: str = ""
+    best_rival: str = ""
     bytes: int = 0
     flops: int = 0
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -79,15 +93,19 @@ class Row:
         """Our bandwidth over that of a copy of the same bytes in the same run."""
         return self.ratios[COPY]["median"]
 
+    def way(self, name: str) -> str:
+        """The way that is meant: "best eager" and "best rival" are another in each row."""
+        return {BEST_EAGER: self.best_eager, BEST_RIVAL: self.best_rival}.get(name, name)
+
     def ratio(self, name: str) -> dict[str, float] | None:
-        return self.ratios.get(self.best_eager if name == "best eager" else name)
+        return self.ratios.get(self.way(name))
 
 
 def measure(work: Work, modes: tuple[str, ...], settings: Settings) -> Iterator[Row]:
     """The rows of one work, one a mode; without times where its results are wrong."""
     with timing.side_stream(work.device):
         arguments = work.arguments()
-        compiled, note = _compiled(work, arguments) if settings.compile else (None, "")
+        compiled, note = _compiled(work, arguments, settings.compiled)
         ways = work.ways(arguments, True, compiled)
         checked = accuracy(
             ways, work.truth(arguments), work.yardstick(arguments), work.case.reduction
@@ -108,18 +126,23 @@ def empty(work: Work, mode: str, note: str = "") -> Row:
     return Row(*work.key, mode, work.backend, work.device, correct=False, note=note)
 
 
-def _compiled(work: Work, arguments: Arguments) -> tuple[Any, str]:
-    """The compiled baseline after its first run, or None and why the compiler failed."""
-    compiled = work.compiled()
+def _compiled(work: Work, arguments: Arguments, names: tuple[str, ...]) -> tuple[Compiled, str]:
+    """The compiled baseline after its first run in each way; none, and why, where that failed."""
+    if not names:
+        return {}, ""
+    compiled = dict.fromkeys(names, work.compiled())
     try:
-        way = work.ways(arguments, True, compiled)[COMPILED]
-        way.call("forward+backward", ways_of.cotangents(way.results()))()
+        ways = work.ways(arguments, True, compiled)
+        for way in (ways[name] for name in names):
+            way.call("forward+backward", ways_of.cotangents(way.results()))()
     except Exception as error:  # whatever a compiler raises: our row must not depend on it
-        return None, f"torch.compile failed: {type(error).__name__}"
+        return {}, f"torch.compile failed: {type(error).__name__}"
     return compiled, ""
 
 
-def _fill(row: Row, work: Work, arguments: Arguments, compiled: Any, settings: Settings) -> None:
+def _fill(
+    row: Row, work: Work, arguments: Arguments, compiled: Compiled, settings: Settings
+) -> None:
     grad = row.mode != "forward"
     row.flops, row.bytes = work.cost(row.mode)
     sets = _set_count(row.bytes) if row.device.startswith("cuda") else 1
@@ -161,8 +184,13 @@ def _enter(row: Row, run: Run) -> None:
     row.clock, row.rounds = run.clock, len(run[OURS].samples)
     row.seconds = {name: asdict(t.spread) for name, t in run.timings.items()}
     row.ratios = {name: asdict(run.ratio(name, OURS)) for name in run.timings if name != OURS}
-    candidates = [name for name in BEST if name in run.timings]
-    row.best_eager = min(candidates, key=lambda name: run[name].median)
+    row.best_eager = _fastest(run, [name for name in EAGERS if name in run.timings])
+    if {COMPILED, COMPILED_OTHER} <= run.timings.keys():
+        row.best_rival = _fastest(run, [row.best_eager, COMPILED, COMPILED_OTHER])
+
+
+def _fastest(run: Run, names: list[str]) -> str:
+    return min(names, key=lambda name: run[name].median)
 
 
 def _set_count(nbytes: int) -> int:

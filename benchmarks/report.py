@@ -11,22 +11,23 @@ from typing import Any
 
 from benchmarks.goals import EVERY, Verdict
 from benchmarks.measure import PRODUCTS, Row
-from benchmarks.work import COMPILED, EAGER, OURS
+from benchmarks.work import BEST_EAGER, BEST_RIVAL, COMPILED, EAGER, OURS
 from segkernels.console import print_table
 
 SCHEMA = 1
 HEADER = (
     "case", "dtype", "layout", "mode", "backend", "time ms", "× eager", "× best eager",
-    "× compile", "GFLOP/s", "GB/s", "% copy", "% products", "extra MB ours/eager",
+    "× compile", "× best rival", "GFLOP/s", "GB/s", "% copy", "% products", "extra MB ours/eager",
     "saved MB ours/eager", "error ours/eager",
 )  # fmt: skip
 GOAL_HEADER = ("goal", "mode", "needs", "has", "range", "at minimum", "verdict")
 NOTES = (
-    "time: median, with the range of the middle 60 % of rounds; ×: how many times longer the other",
-    "takes, median over pairs of one round; best eager: the fastest eager form in either memory",
-    "format, scales folded where that is possible; % copy: of the speed at which a copy moves, in",
-    "the same run, the least bytes that this work must move; % products: of the speed of the",
-    "matrix products that the work cannot do without, alone; extra: peak memory beyond inputs and",
+    "time: median, with the range of the middle 60 % of rounds; ×: how many times longer the",
+    "other takes, median over pairs of one round; best eager: the fastest eager form in either",
+    "memory format, scales folded where that is possible; best rival: the fastest of these and",
+    "of the compiled form in both formats; % copy: of the speed at which a copy moves, in the",
+    "same run, the least bytes that this work must move; % products: of the speed of the matrix",
+    "products that the work cannot do without, alone; extra: peak memory beyond inputs and",
     "results; saved: kept for the backward, parameters excluded; error: largest error against",
     "float64, relative to the largest value. No time stands beside a wrong result.",
 )
@@ -37,7 +38,7 @@ def cells(row: Row) -> tuple[str, ...]:
     name = (row.case, row.dtype, row.layout, row.mode, row.backend)
     error = _pair(row.errors, "{:.1e}".format)
     if not row.timed:
-        return (*name, row.note or "not measured", *("",) * 9, error)
+        return (*name, row.note or "not measured", *("",) * 10, error)
     seconds = row.seconds[OURS]
     low, high = seconds["low"] * 1e3, seconds["high"] * 1e3
     extra = {n: m["peak"] - m["result"] for n, m in row.memory.items()}
@@ -45,8 +46,9 @@ def cells(row: Row) -> tuple[str, ...]:
         *name,
         f"{seconds['median'] * 1e3:.3f} ({low:.3f}–{high:.3f})",
         _times(row.ratio(EAGER)),
-        _times(row.ratio("best eager")),
+        _times(row.ratio(BEST_EAGER)),
         _times(row.ratio(COMPILED)),
+        _times(row.ratio(BEST_RIVAL)) + (f" {row.best_rival}" if row.best_rival else ""),
         f"{row.speed / 1e9:.1f}",
         f"{row.bandwidth / 1e9:.1f}",
         f"{row.copy_share * 100:.0f}",
@@ -69,7 +71,7 @@ def goal_cells(verdict: Verdict) -> tuple[str, ...]:
     return (
         goal_name(verdict),
         goal.mode,
-        f"≥ {goal.ratio:g}× {goal.against}",
+        f"≥ {goal.ratio:g}× {goal.against}{_which(verdict)}",
         f"{verdict.median:.2f}×" if measured else "",
         f"{verdict.low:.2f}–{verdict.high:.2f}" if measured else "",
         f"{verdict.at_minimum:.2f}×" if measured else "",
@@ -84,7 +86,7 @@ def goals_in_short(verdicts: Iterable[Verdict]) -> list[tuple[str, ...]]:
         if verdict.median > 0:
             met = verdict.outcome == "met"
             has = math.floor(verdict.median * 100) / 100  # rounded down: 1.999 is less than 2
-            cell = f"{has:.2f} {'≥' if met else '<'} {verdict.goal.ratio:.3g}"
+            cell = f"{has:.2f} {'≥' if met else '<'} {verdict.goal.ratio:.3g}{_which(verdict)}"
             line = lines.setdefault((goal_name(verdict), verdict.goal.mode), {})
             line[verdict.goal.against] = cell if met else f"**{cell}**"
     rivals = list(dict.fromkeys(rival for line in lines.values() for rival in line))
@@ -97,9 +99,9 @@ def print_report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
     names = HEADER[:5]
     for op, group in _by_operator(rows):
         table = [cells(row) for row in group]
-        print_table(op, HEADER[:13], [line[:13] for line in table])
-        rest = [line[:5] + line[13:] for line in table]
-        print_table(f"{op}: memory and accuracy", names + HEADER[13:], rest)
+        print_table(op, HEADER[:14], [line[:14] for line in table])
+        rest = [line[:5] + line[14:] for line in table]
+        print_table(f"{op}: memory and accuracy", names + HEADER[14:], rest)
     if verdicts:
         print_table("goals", GOAL_HEADER, [goal_cells(v) for v in verdicts])
 
@@ -157,6 +159,11 @@ def _by_operator(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
     for row in rows:
         groups.setdefault(row.op, []).append(row)
     yield from groups.items()
+
+
+def _which(verdict: Verdict) -> str:
+    """Where a goal is against the best of several ways: which one that was."""
+    return "" if verdict.rival in ("", verdict.goal.against) else f" ({verdict.rival})"
 
 
 def _times(ratio: dict[str, float] | None) -> str:

@@ -36,13 +36,13 @@ def test_operator(
     benchmark.group = f"{work.names} {mode}"
     with timing.side_stream(DEVICE):
         checked = accuracy(
-            {way: work.ways(arguments, True, None)[way]},
+            {way: work.ways(arguments, True, {})[way]},
             work.truth(arguments),
             work.yardstick(arguments),
             case.reduction,
         )
         assert way != OURS or checked.wrong() is None, checked.wrong()
-        ready = work.ways(arguments, mode != "forward", None)[way]
+        ready = work.ways(arguments, mode != "forward", {})[way]
         call = ready.call(mode, () if mode == "forward" else cotangents(ready.results()))
         benchmark.extra_info |= {
             "error": checked.of(mode)[way],

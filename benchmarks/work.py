@@ -32,7 +32,10 @@ FOLDED_OTHER = "folded, other format"
 EXPANDED = "expanded"
 EXPANDED_OTHER = "expanded, other format"
 COMPILED = "compile"
-BEST = (EAGER, OTHER_FORMAT, FOLDED, FOLDED_OTHER, EXPANDED, EXPANDED_OTHER)  # the best eager's
+COMPILED_OTHER = "compile, other format"
+EAGERS = (EAGER, OTHER_FORMAT, FOLDED, FOLDED_OTHER, EXPANDED, EXPANDED_OTHER)
+BEST_EAGER = "best eager"  # the fastest of these in the run
+BEST_RIVAL = "best rival"  # and of both compiled forms, where the run has both
 
 Arguments = dict[str, Any]
 Tensors = tuple[Tensor, ...]
@@ -55,8 +58,8 @@ class Way:
             return self.forward
         if mode == "backward":
             y = self.results()
-            return lambda: torch.autograd.grad(y, self.leaves, dy, retain_graph=True)
-        return lambda: torch.autograd.grad(self.results(), self.leaves, dy)
+            return lambda: gradients(y, self.leaves, dy, retain_graph=True)
+        return lambda: gradients(self.results(), self.leaves, dy)
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,9 @@ class Work:
         return self.case.inputs(DTYPES[self.dtype], layout, self.device, kinks=False)
 
     def ways(
-        self, arguments: Arguments, grad: bool, compiled: Callable[..., Any] | None
+        self, arguments: Arguments, grad: bool, compiled: Mapping[str, Callable[..., Any]]
     ) -> dict[str, Way]:
-        """Every way by name. `compiled` is the compiled baseline, or None to leave it out."""
+        """Every way by name. `compiled`: the compiled baseline by the names of its ways."""
         eager, expanded = getattr(baselines, self.op), baselines.EXPANDED.get(self.op)
         other = in_other_format(arguments)
         functions = {OURS: (self._ours(self.backend), arguments), EAGER: (eager, arguments)}
@@ -96,8 +99,8 @@ class Work:
             functions[OTHER_FORMAT] = (eager, other)
         else:  # the published form is no rival in any format
             functions |= {EXPANDED: (expanded, arguments), EXPANDED_OTHER: (expanded, other)}
-        if compiled is not None:
-            functions[COMPILED] = (compiled, arguments)
+        for name, function in compiled.items():
+            functions[name] = (function, arguments if name == COMPILED else other)
         own = self.parameters(arguments)
         ways = {name: _way(f, a, grad, own) for name, (f, a) in functions.items()}
         fold = baselines.FOLDED.get(self.op)
@@ -159,6 +162,17 @@ def as_tuple(y: Any) -> Tensors:
     return y if isinstance(y, tuple) else (y,)
 
 
+def gradients(
+    results: Tensors, leaves: Sequence[Tensor], dy: Sequence[Tensor], retain_graph: bool = False
+) -> Tensors:
+    """Of the results that have any; zeros for a leaf that none of them depends on."""
+    pairs = [(y, d) for y, d in zip(results, dy, strict=True) if y.requires_grad]
+    y, dy = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        y, leaves, dy, retain_graph, allow_unused=True, materialize_grads=True
+    )
+
+
 def cotangents(results: Tensors) -> Tensors:
     """Fixed random ones with the types and layouts of the results."""
     generator = torch.Generator().manual_seed(1)
@@ -186,7 +200,7 @@ def forward_and_backward(op: str, arguments: Arguments) -> Iterator[str]:
     tensors = {k: v.detach().requires_grad_() for k, v in _tensors(arguments).items()}
     y = as_tuple(getattr(segkernels, op)(**(arguments | tensors)))
     yield "forward"
-    torch.autograd.grad(y, list(tensors.values()), [torch.empty_like(t) for t in y])
+    gradients(y, list(tensors.values()), [torch.empty_like(t) for t in y])
     yield "backward"
 
 

@@ -42,6 +42,12 @@ def reproject(**changed: Any) -> torch.Tensor:
     return segkernels.reproject(**(call | changed))
 
 
+def em_attention(**changed: Any) -> Any:
+    call = {"features": X, "bases": NODES.T}
+    return segkernels.em_attention(**(call | changed))
+
+
+FOLDED = {"weight": torch.zeros(4, 4, 1, 1), "bias": torch.zeros(4)}
 SEVERAL = torch.zeros(2, 4, 1, 3, 3)
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -193,6 +199,67 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         reproject,
         {"residual": torch.zeros(2, 4, 6, 5).bfloat16()},
         r"different types\n",
+    ),
+    "a map of rank 3": (em_attention, {"features": X[0]}, r"4 dimensions.*\n.*\[4, 6, 5\]"),
+    "bases of other channels": (
+        em_attention,
+        {"bases": NODES},
+        r"a row for each channel.*\n.*\[2, 4, 6, 5\]\n.*bases: \[3, 4\]",
+    ),
+    "bases of rank 1": (em_attention, {"bases": NODES[0]}, r"\[C, K\] or \[B, C, K\]"),
+    "bases of rank 4": (em_attention, {"bases": X}, r"\[C, K\] or \[B, C, K\]"),
+    "no bases": (em_attention, {"bases": torch.zeros(4, 0)}, r"with channels.*\n.*\n.*\[4, 0\]"),
+    "bases of three images": (
+        em_attention,
+        {"bases": torch.zeros(3, 4, 3)},
+        r"as many images as features, or of one\n.*\n.*\[3, 4, 3\]",
+    ),
+    "iterations below zero": (em_attention, {"iterations": -1}, r"0 or more\n.*iterations: -1"),
+    "half an iteration": (em_attention, {"iterations": 2.5}, r"0 or more\n.*iterations: 2\.5"),
+    "iterations yes": (em_attention, {"iterations": True}, r"an int, 0 or more\n.*True"),
+    "unknown gradient": (em_attention, {"gradient": "all"}, r"'last\+bases', 'full'\n.*'all'"),
+    "gradient of another kind": (em_attention, {"gradient": ["full"]}, r"one of.*\n.*\['full'\]"),
+    "unknown norm": (em_attention, {"norm": "l2"}, r"'additive', 'clamp'\n.*norm: 'l2'"),
+    "several temperatures": (
+        em_attention,
+        {"temperature": torch.ones(3)},
+        r"one number\n.*temperature: \[3\]",
+    ),
+    "temperature no number": (em_attention, {"temperature": "1"}, r"finite number.*\n.*'1'"),
+    "endless temperature": (em_attention, {"temperature": float("inf")}, r"finite number.*\n.*inf"),
+    "temperature of integers": (em_attention, {"temperature": torch.tensor(2)}, "floating point"),
+    "temperature elsewhere": (
+        em_attention,
+        {"temperature": torch.tensor(1.0, device="meta")},
+        r"one device\n(.*\n)*.*temperature .*meta",
+    ),
+    "None for bases": (em_attention, {"bases": None}, r"bases must be a tensor\n.*NoneType"),
+    "integer bases": (em_attention, {"bases": NODES.T.long()}, r"floating point.*\n"),
+    "a bias without a weight": (em_attention, {"bias": FOLDED["bias"]}, "bias without a weight"),
+    "a folded convolution that learns": (
+        em_attention,
+        FOLDED | {"gradient": "full"},
+        r"no gradient\n.*'full'\n.*in front of the operator",
+    ),
+    "weight to other channels": (
+        em_attention,
+        {"weight": torch.zeros(5, 4)},
+        r"weight must be \[4, 4\]\n(.*\n)*.*weight: \[5, 4\]",
+    ),
+    "weight 3x3": (
+        em_attention,
+        {"weight": torch.zeros(4, 4, 3, 3)},
+        r"weight must be \[4, 4\]\n(.*\n)*.*\[4, 4, 3, 3\]",
+    ),
+    "weight of fewer channels": (
+        em_attention,
+        {"weight": torch.zeros(4, 3, 1, 1)},
+        r"weight must be \[4, 4\]\n(.*\n)*.*\[4, 3, 1, 1\]",
+    ),
+    "bias of other channels": (
+        em_attention,
+        FOLDED | {"bias": torch.zeros(4, 1)},
+        r"bias must be \[4\]\n(.*\n)*.*bias: \[4, 1\]",
     ),
 }
 

@@ -74,13 +74,14 @@ class Case:
 
     def cost(self, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         """mode -> (operations, fewest bytes moved): every map once, the products of all pixels
-        with all bases; of the backward those of the whole depth."""
+        with all bases; of the backward those of the iterations that it passes."""
         b, c, h, w = self.shape
         pixels, t = b * h * w, self.iterations
+        depth = min(1, t) if self.gradient == "last+bases" else t
         x, product = pixels * c * dtype.itemsize, 2 * pixels * c * self.bases
         return {
             "forward": ((2 * t + 1) * product, 2 * x),
-            "backward": ((5 * t + 2) * product, 3 * x),
+            "backward": ((3 if self.gradient == "last" else 5 * depth + 2) * product, 3 * x),
         }
 
 
