@@ -184,6 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> em_attention(Tensor x
                s = empty(mu, {map.B, kept, K}), r = empty(mu, {map.B, kept, K});
   if (x.numel() == 0) {
     for (Tensor t : {y, z, h, s, r}) torch::stable::zero_(t);
+    if (Tensor fitted = m; iterations > 0) torch::stable::zero_(fitted);
     return {y, z, m, h, s, r};
   }
   by_type(x.scalar_type(), [&](auto type) {
@@ -336,6 +337,7 @@ std::tuple<Tensor, Tensor, Tensor> em_attention_backward(Optional dy, Optional d
                dmu = empty(m, {map.B, K, map.C}), dlam = empty(m, need[2] ? Ints{} : none);
   if (x.numel() == 0) {
     for (Tensor t : {dx, dmu, dlam}) torch::stable::zero_(t);
+    if (Tensor kept = dmu; dm && depth == 0) torch::stable::copy_(kept, *dm);
     return {dx, need[1] ? dmu : empty(m, none), dlam};
   }
   by_type(x.scalar_type(), [&](auto type) {
