@@ -144,7 +144,8 @@ def em_attention(
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in (features, *wide.values()))
     if gradient == "none" or not wants:
         gradient, depth = "none", -1
-        features, mu, lam = features.detach(), mu.detach(), None if lam is None else lam.detach()
+        features, mu = features.detach(), mu.detach()
+        lam, weight, bias = (t if t is None else t.detach() for t in (lam, weight, bias))
     else:
         depth = {"last": 0, "last+bases": min(1, iterations)}.get(gradient, iterations)
     if gradient == "last":
