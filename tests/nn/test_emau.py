@@ -250,7 +250,7 @@ CHECKPOINTED = pytest.mark.parametrize("reentrant", [False, True], ids=["whole",
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_checkpointing(gradient: str, update: str, reentrant: bool) -> None:
     """The same gradients although the bases have moved meanwhile, and they move once."""
-    layer = unit(gradient=gradient, update=update, momentum=1.0)
+    layer = unit(gradient=gradient, update=update, momentum=0.5)
     other, start = copy.deepcopy(layer), layer.running.bases.clone()
 
     def run(layer: EMAU, x: Tensor, repeats: bool) -> Tensor:
