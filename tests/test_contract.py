@@ -93,6 +93,10 @@ def test_gradcheck(op: str, case: Any, backend: str, device: str) -> None:
     named = {n: v.requires_grad_() for n, v in leaves(inputs).items()}
     if inputs[map_of(inputs)].numel() == 0:
         pytest.skip("nothing to differentiate")
+    if getattr(case, "truncated", False):
+        pytest.skip(
+            "not the gradient of the function, on purpose: the operator's own tests have it"
+        )
 
     def f(*values: Tensor) -> tuple[Tensor, ...]:
         return call(op, inputs | dict(zip(named, values, strict=True)), backend)

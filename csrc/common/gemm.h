@@ -167,6 +167,18 @@ struct Narrow {
 };
 #endif
 
+// Calls f with what multiplies numbers of type T on an engine, as a type.
+template <class T, class F>
+auto by_engine(Engine engine, const F& f) {
+#if SEGKERNELS_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 2)
+    if (engine == Engine::tiles) return f(Narrow<std::is_same_v<T, float16>, true>());
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (engine == Engine::dots) return f(Narrow<false, false>());
+#endif
+  return f(Fma<acc_t<T>>());
+}
+
 }  // namespace SEGKERNELS_ISA
 }  // namespace
 }  // namespace segkernels

@@ -9,7 +9,7 @@
 //   then odd
 //                              positions, which costs one instruction a vector). Numbers that meet must come
 //                              by load2<T>.
-//   sum(v), sums(r)            of all lanes, in a fixed order; of each of `lanes` vectors
+//   sum(v), sums(r), maxima(r)  of all lanes, in a fixed order; of each of `lanes` vectors
 //   transpose(r)               of `lanes` vectors
 //   shuffle(a, b, of)          lane l is lane of(l) of a and b beside each other
 
@@ -104,21 +104,38 @@ SEGKERNELS_INLINE void transpose(Vec<A> r[Vec<A>::lanes]) {
   if constexpr (2 * s < n) transpose<2 * s>(r);
 }
 
-// The sums of each of as many vectors as there are lanes, in a fixed order: lane i of the result is
-// sum(r[i]).
-template <int64_t s, class A>
-SEGKERNELS_INLINE Vec<A> sums_of(Vec<A> r[2 * s]) {
+struct Sum {
+  template <class A>
+  SEGKERNELS_INLINE Vec<A> of(Vec<A> a, Vec<A> b) {
+    return a + b;
+  }
+};
+struct Maximum {
+  template <class A>
+  SEGKERNELS_INLINE Vec<A> of(Vec<A> a, Vec<A> b) {
+    return max(a, b);
+  }
+};
+
+// Each of as many vectors as there are lanes reduced to one number, in a fixed order: lane i of the result is
+// that of r[i].
+template <class Reduction, int64_t s, class A>
+SEGKERNELS_INLINE Vec<A> reduced(Vec<A> r[2 * s]) {
   constexpr int64_t n = Vec<A>::lanes;
 #pragma GCC unroll 8
   for (int64_t i = 0; i < s; ++i)
-    r[i] = shuffle(r[i], r[i + s], [](int64_t l) { return l & s ? n + l : l; }) +
-           shuffle(r[i], r[i + s], [](int64_t l) { return l & s ? n + l - s : l + s; });
-  if constexpr (s > 1) return sums_of<s / 2>(r);
+    r[i] = Reduction::of(shuffle(r[i], r[i + s], [](int64_t l) { return l & s ? n + l : l; }),
+                         shuffle(r[i], r[i + s], [](int64_t l) { return l & s ? n + l - s : l + s; }));
+  if constexpr (s > 1) return reduced<Reduction, s / 2>(r);
   return r[0];
 }
 template <class A>
 SEGKERNELS_INLINE Vec<A> sums(Vec<A> r[Vec<A>::lanes]) {
-  return sums_of<Vec<A>::lanes / 2>(r);
+  return reduced<Sum, Vec<A>::lanes / 2>(r);
+}
+template <class A>
+SEGKERNELS_INLINE Vec<A> maxima(Vec<A> r[Vec<A>::lanes]) {
+  return reduced<Maximum, Vec<A>::lanes / 2>(r);
 }
 
 // -- fma ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/simd.h"
+#include "common/engine.h"
 #include "depthwise_conv2d/plan.h"
 
 namespace segkernels {
@@ -23,9 +23,6 @@ namespace separable {
 constexpr int64_t kPixels = 128, kChannels = 256;
 constexpr int64_t kUnit = 32;  // pixels that matrix products take at once
 
-// Rows of a tile an odd number of cache lines apart, so that they do not fall into the same sets of the L1
-// cache.
-inline int64_t row_step(int64_t n) { return round_up(n, 32) + 16; }
 
 struct Tile {
   int64_t image, first, last;
@@ -91,9 +88,6 @@ template <class A>
 struct Sums {
   A *first, *second;
 };
-
-// Matrix products: of vectors (common/gemm.h), by dot products of pairs (AVX-512 BF16), on AMX tiles.
-enum class Engine { fma, dots, tiles };
 
 enum class Stage {
   pack_forward,

@@ -1,10 +1,7 @@
 // y = φ₂(γ₂·N₂(v·φ₁(γ₁·N₁(w ⊛ x) + β₁)) + β₂) for R rates over one x, and its gradients, on the CPU.
 
+#include "common/scratch.h"
 #include "common/tensor.h"
-#if SEGKERNELS_X86
-#include "common/amx.h"
-#include "common/dots.h"
-#endif
 #include "depthwise_conv2d/cpu.h"
 #include "separable_conv2d/call.h"
 
@@ -17,22 +14,6 @@ namespace {
 using namespace separable;
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
-
-// What multiplies numbers of type T. A lowered instruction set (SEGKERNELS_ISA) does without tiles;
-// "avx512_bf16" keeps the dot products.
-template <class T>
-Engine engine_of() {
-#if SEGKERNELS_X86
-  if constexpr (sizeof(T) == 2) {
-    constexpr bool half = std::is_same_v<T, float16>;
-    const char* wish = std::getenv("SEGKERNELS_ISA");
-    if (isa() != Isa::avx512) return Engine::fma;
-    if (!wish && amx::cpu_has(half)) return Engine::tiles;
-    if (!half && (!wish || !std::strcmp(wish, "avx512_bf16")) && dots::cpu_has()) return Engine::dots;
-  }
-#endif
-  return Engine::fma;
-}
 
 template <class A>
 Clip<A> clip_of(const std::string& act) {

@@ -11,7 +11,7 @@ void outer_sums(const Call<T>& call, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const Sizes& s = call.sizes;
   const int64_t channels = s.R * s.D, step = s.step(channels), size = round_up(channels, 32) * 64 / sizeof(A);
-  Workspace memory(2 * size * sizeof(A) + 256);
+  Scratch memory(2 * size * sizeof(A) + 256);
   const Partial<kLast, A> sum_g{memory.take<A>(size)}, sum_gn{memory.take<A>(size)};
   for (int64_t group = first; group < last; ++group) {
     const int64_t begin = group * s.tiles() / s.forward_groups(),
@@ -41,7 +41,7 @@ void backward(const Call<T>& call, int64_t first, int64_t last) {
   const int64_t right = E::right_bytes(std::max(kPixels, s.D), std::max(kPixels, width));
   const int64_t sums = round_up(std::max(s.D, width), 32) * 64 / sizeof(A),
                 dv_size = round_up(s.D, 32) * dv_step;
-  Workspace memory(tile_size<kLast>(s.D) * sizeof(A) + tile_size<kLast>(width) * (sizeof(T) + 2 * sizeof(A)) +
+  Scratch memory(tile_size<kLast>(s.D) * sizeof(A) + tile_size<kLast>(width) * (sizeof(T) + 2 * sizeof(A)) +
                    left + right + (2 * sums + dv_size) * sizeof(A) + 1024);
   const Matrix<A> g{memory.take<A>(tile_size<kLast>(s.D)), tile_step<kLast>(s.D)};
   const Matrix<T> d{memory.take<T>(tile_size<kLast>(width)), tile_step<kLast>(width)};
@@ -128,7 +128,7 @@ template <class E, bool kLast, class T>
 void inner_finish(const Call<T>& call, int64_t first, int64_t last) {
   const Sizes& s = call.sizes;
   const int64_t width = chunk_width(s);
-  Workspace memory(tile_size<kLast>(width) * sizeof(T) + 64);
+  Scratch memory(tile_size<kLast>(width) * sizeof(T) + 64);
   const Matrix<T> d{memory.take<T>(tile_size<kLast>(width)), tile_step<kLast>(width)};
   for (int64_t t = first; t < last; ++t)
     for (int64_t chunk = 0; chunk < s.chunks(); ++chunk)
@@ -176,27 +176,15 @@ int64_t weight_bytes(const Sizes& s, bool backward) {
   return s.channels_last ? weight_bytes<E, true>(s, backward) : weight_bytes<E, false>(s, backward);
 }
 
-// Calls f with what multiplies in this call, as a type.
-template <class T, class F>
-auto by_engine(const Call<T>& call, const F& f) {
-#if SEGKERNELS_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 2)
-    if (call.engine == Engine::tiles) return f(Narrow<std::is_same_v<T, float16>, true>());
-  if constexpr (std::is_same_v<T, bfloat16>)
-    if (call.engine == Engine::dots) return f(Narrow<false, false>());
-#endif
-  return f(Fma<acc_t<T>>());
-}
-
 // The items [first, last) of a stage.
 template <class T>
 void run(Stage stage, const Call<T>& call, int64_t first, int64_t last) {
-  by_engine(call, [&](auto engine) { run_with<decltype(engine)>(stage, call, first, last); });
+  by_engine<T>(call.engine, [&](auto engine) { run_with<decltype(engine)>(stage, call, first, last); });
 }
 // Bytes of a slot of packed weights.
 template <class T>
 int64_t weight_bytes(const Call<T>& call, bool backward) {
-  return by_engine(call, [&](auto engine) { return weight_bytes<decltype(engine)>(call.sizes, backward); });
+  return by_engine<T>(call.engine, [&](auto engine) { return weight_bytes<decltype(engine)>(call.sizes, backward); });
 }
 
 }  // namespace SEGKERNELS_ISA

@@ -138,30 +138,6 @@ SEGKERNELS_INLINE int64_t tile_step(int64_t channels) {
   return row_step(kLast ? channels : kPixels);
 }
 
-// Tiles of one stage on one thread. The thread keeps the memory for its next stage: it is small, and fresh
-// pages cost as much as the work on them. Zeroed when new: the padding that matrix products read should hold
-// no denormal numbers.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) {
-    thread_local std::vector<char> memory;
-    if (int64_t(memory.size()) < bytes + 64) std::vector<char>(bytes + 64).swap(memory);
-    next_ = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  template <class T>
-  T* take(int64_t n) {
-    T* p = reinterpret_cast<T*>(next_);
-    next_ += round_up(n * sizeof(T), 64);
-    return p;
-  }
-
- private:
-  char* next_;
-};
-
 SEGKERNELS_INLINE int64_t chunk_width(const Sizes& s) { return std::min(s.C, kChannels); }
 
 // -- the pointwise weights ------------------------------------------------------------------------
@@ -217,7 +193,7 @@ template <class E, bool kLast, class T>
 void inner_moments(const Call<T>& call, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const Sizes& s = call.sizes;
-  Workspace memory(tile_size<kLast>(chunk_width(s)) * sizeof(T) + (kChannels + 64) * (64 + 2 * sizeof(A)));
+  Scratch memory(tile_size<kLast>(chunk_width(s)) * sizeof(T) + (kChannels + 64) * (64 + 2 * sizeof(A)));
   const Matrix<T> d{memory.take<T>(tile_size<kLast>(chunk_width(s))), tile_step<kLast>(chunk_width(s))};
   A* tile_mean = memory.take<A>(kChannels + 64);
   const Partial<kLast, A> partial{memory.take<A>(kChannels * 64 / sizeof(A))};
@@ -244,7 +220,7 @@ void forward(const Call<T>& call, int64_t first, int64_t last) {
   const Sizes& s = call.sizes;
   const int64_t width = chunk_width(s), o_size = tile_size<kLast>(s.D);
   const int64_t scratch = std::max(E::left_bytes(kPixels, width), E::right_bytes(width, kPixels));
-  Workspace memory(tile_size<kLast>(width) * (sizeof(T) + sizeof(A)) + s.R * o_size * sizeof(A) + scratch +
+  Scratch memory(tile_size<kLast>(width) * (sizeof(T) + sizeof(A)) + s.R * o_size * sizeof(A) + scratch +
                    (s.D + 64) * (64 + 2 * sizeof(A)) + 1024);
   const Matrix<T> d{memory.take<T>(tile_size<kLast>(width)), tile_step<kLast>(width)};
   const Matrix<A> h{memory.take<A>(tile_size<kLast>(width)), tile_step<kLast>(width)};

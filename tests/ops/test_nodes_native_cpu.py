@@ -15,7 +15,7 @@ import torch
 from segkernels import native
 from tests import contract
 
-OPERATORS = ("soft_assign", "encode", "reproject")
+OPERATORS = ("soft_assign", "encode", "reproject", "em_attention")
 
 
 needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason="no native library")

@@ -141,15 +141,12 @@ def em_attention(
         _refuse("bases must have a row for each channel of features", features, bases)
     mu = bases.mT.expand(features.shape[0], -1, -1)  # [B, K, D]
     lam = _as_tensor(temperature, bases)
-    wants = torch.is_grad_enabled() and any(t.requires_grad for t in (features, *wide.values()))
-    if gradient == "none" or not wants:
-        gradient, depth = "none", -1
-        features, mu = features.detach(), mu.detach()
-        lam, weight, bias = (t if t is None else t.detach() for t in (lam, weight, bias))
-    else:
-        depth = {"last": 0, "last+bases": min(1, iterations)}.get(gradient, iterations)
-    if gradient == "last":
+    depths = {"none": -1, "last": 0, "last+bases": min(1, iterations), "full": iterations}
+    if gradient in ("none", "last"):
         mu = mu.detach()
+    if gradient == "none":
+        features, lam = features.detach(), None if lam is None else lam.detach()
+        weight, bias = (None if t is None else t.detach() for t in (weight, bias))
     y, z, m, _, _, _ = _OPERATOR(
         features,
         mu,
@@ -157,7 +154,7 @@ def em_attention(
         weight,
         bias,
         int(iterations),
-        depth,
+        int(depths[gradient]),
         norm == "clamp",
         bool(return_assignment),
         backend=backend,
@@ -201,7 +198,7 @@ def _check(
             raise UnsupportedInputError(
                 f"{OP}: temperature must be one number\n  temperature: {list(temperature.shape)}"
             )
-    elif not isinstance(temperature, int | float) or not math.isfinite(temperature):
+    elif not (isinstance(temperature, int | float) and abs(temperature) < math.inf):
         raise UnsupportedInputError(
             f"{OP}: temperature must be a finite number, or a tensor of one"
             f"\n  temperature: {temperature!r}"

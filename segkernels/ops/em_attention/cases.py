@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class Case:
     own: bool = False  # each image has bases of its own
     temperature: float | None = None  # None: 1, and no tensor
     assignment: bool = False
+    length: float = 4.0  # of a pixel's features: at 4 it is shared among bases
 
     def inputs(
         self,
@@ -33,17 +35,17 @@ class Case:
         seed: int = 0,
         kinks: bool = True,
     ) -> dict[str, Any]:
-        """Arguments of the public function: features after a convolution in ``dtype``, bases wide.
+        """Arguments of the public function: features of both signs in ``dtype``, bases wide.
 
         The function is smooth: there are no ``kinks`` to keep away from.
         """
         generator = torch.Generator().manual_seed(seed)
         wide = accumulation_dtype(dtype)
         b, c, *_ = self.shape
-        features = torch.randn(self.shape, generator=generator).to(dtype)
+        features = torch.randn(self.shape, generator=generator) * (self.length / math.sqrt(c))
         bases = torch.randn(*((b,) if self.own else ()), c, self.bases, generator=generator)
         arguments: dict[str, Any] = {
-            "features": features.to(device).to(memory_format=memory_format),
+            "features": features.to(device, dtype).to(memory_format=memory_format),
             "bases": F.normalize(bases, dim=-2).to(wide).to(device),
             "iterations": self.iterations,
             "gradient": self.gradient,
@@ -55,10 +57,20 @@ class Case:
         return arguments
 
     @property
+    def truncated(self) -> bool:
+        """Whether some of what the bases go through is not differentiated."""
+        return self.gradient == "last" or (self.gradient == "last+bases" and self.iterations > 1)
+
+    @property
     def reduction(self) -> int:
-        """The longest sum: the channels of a score, the pixels of a base, all of those of λ's."""
+        """The longest sum: the channels of a score, the pixels of a base, all of those of λ's. The
+        rounding of a score of size L is one of its exponential by L of its own, and counts as a
+        sum of L². There are 2T + 1 such sums in a row, each of what those before it rounded."""
         b, c, h, w = self.shape
-        return max(c, h * w * (1 if self.temperature is None else b * self.bases))
+        heat = 1.0 if self.temperature is None else self.temperature
+        lam = 0 if self.temperature is None else b * h * w * self.bases
+        longest = max(c, h * w, lam, round((heat * self.length) ** 2))
+        return (2 * self.iterations + 1) * longest
 
     def cost(self, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         """mode -> (operations, fewest bytes moved): every map once, the products of all pixels
@@ -80,9 +92,9 @@ PAPER = (
 )
 
 AWKWARD = (
-    Case("one_pixel", (1, 1, 1, 1), 1),
+    Case("one_pixel", (1, 3, 1, 1), 2),
     Case("one_row", (2, 5, 1, 9), 3, norm="clamp"),
-    Case("odd_channels", (2, 17, 7, 9), 5, temperature=1.5, assignment=True),
+    Case("odd_channels", (2, 17, 7, 9), 5, assignment=True),
     Case("vectors", (2, 16, 7, 9), 8, iterations=2, assignment=True),
     Case("one_base", (2, 7, 5, 6), 1, temperature=0.5),
     Case("two_bases", (2, 33, 6, 7), 2, gradient="last+bases"),
@@ -92,8 +104,17 @@ AWKWARD = (
     Case("many_bases", (1, 20, 9, 11), 67, iterations=2),
     Case("most_bases", (1, 9, 5, 7), 256, iterations=2, norm="clamp"),
     Case("deep", (1, 515, 3, 5), 6, own=True),
-    Case("several_tiles", (2, 24, 15, 17), 9, own=True, norm="clamp", assignment=True),
+    Case(
+        "several_tiles",
+        (2, 24, 15, 17),
+        9,
+        norm="clamp",
+        own=True,
+        temperature=1.5,
+        assignment=True,
+    ),
     Case("no_iteration", (2, 12, 6, 7), 4, iterations=0, assignment=True),
     Case("many_iterations", (2, 12, 6, 7), 4, iterations=7),
+    Case("hard", (2, 12, 6, 7), 4, iterations=1, length=30),
     Case("empty_batch", (0, 4, 5, 5), 3),
 )

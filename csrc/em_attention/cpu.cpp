@@ -1,0 +1,405 @@
+// z = softmax_k(λ ⟨x, μ⟩) and μ = Σ z x / d, T times over; y = Σ_k z μ_k; and their gradients, on the CPU.
+
+#include "common/scratch.h"
+#include "common/tensor.h"
+#include "em_attention/call.h"
+
+#define SEGKERNELS_KERNELS "em_attention/cpu_kernels.h"
+#include "common/foreach_isa.h"
+
+namespace segkernels {
+namespace {
+
+using namespace em;
+using Optional = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// f() with the instruction set and the engine of a call: E and simd are known in the arguments.
+#define SEGKERNELS_BY_ENGINE(call, T, ...)                                   \
+  SEGKERNELS_BY_ISA(simd::by_engine<T>((call).engine, [&](auto engine) {     \
+    using E = decltype(engine);                                              \
+    __VA_ARGS__;                                                             \
+  }))
+
+template <class T>
+PixelMap<T> pixel_map(const Tensor& t) {
+  if constexpr (std::is_const_v<T>)
+    return {const_data<std::remove_const_t<T>>(t), pixels_of(t)};
+  else
+    return {mutable_data<T>(t), pixels_of(t)};
+}
+
+// Memory of a call, zeroed: tables are zero beyond bases and channels.
+template <class A>
+struct Memory {
+  std::vector<std::vector<A>> parts;
+  std::vector<std::vector<char>> packed;
+  A* take(int64_t n) { return parts.emplace_back(n).data(); }
+  Table<A> table(A* rows, int64_t tables, int64_t bytes) {
+    bytes = round_up(bytes, 64);
+    return {rows, packed.emplace_back(tables * bytes).data(), bytes};
+  }
+};
+
+Sizes sizes_of(const Tensor& x, const Tensor& mu, int64_t D) {
+  const Pixels p = pixels_of(x);
+  const int64_t K = mu.size(mu.dim() - 2);
+  return {p.B, p.N, p.C, D, K, parts_of(ceil_div(p.N, kBlock), p.N, 2 * K)};
+}
+int64_t cost(const Sizes& s, int64_t products) { return 2 * products * s.N * s.C * s.K / s.splits; }
+
+template <class T>
+acc_t<T> temperature(const Optional& lam) {
+  return lam ? *const_data<acc_t<T>>(*lam) : acc_t<T>(1);
+}
+// −∞ beyond K
+template <class A>
+void fill_bias(A* bias, int64_t images, const Sizes& s) {
+  for (int64_t i = 0; i < images; ++i)
+    std::fill(bias + i * s.columns() + s.K, bias + (i + 1) * s.columns(), -std::numeric_limits<A>::infinity());
+}
+
+void check(const Tensor& x, const Tensor& mu, const Optional& lam, const Optional& w, const Optional& b) {
+  const Map map = map_of(x);
+  const ScalarType wide = acc_type(x.scalar_type());
+  STD_TORCH_CHECK(mu.dim() == 3 && mu.size(0) == map.B && mu.size(1) > 0 && mu.size(2) > 0 &&
+                      (w || mu.size(2) == map.C) && mu.scalar_type() == wide,
+                  "em_attention: mu must be [B, K, C] of the accumulation type of x");
+  STD_TORCH_CHECK(!lam || (lam->numel() == 1 && lam->scalar_type() == wide),
+                  "em_attention: lam must be one number of the accumulation type of x");
+  STD_TORCH_CHECK(!w || (w->dim() == 2 && w->size(0) == mu.size(2) && w->size(1) == map.C && w->scalar_type() == wide),
+                  "em_attention: w must be [D, C] of the accumulation type of x");
+  STD_TORCH_CHECK(!b || (w && b->numel() == mu.size(2) && b->scalar_type() == wide),
+                  "em_attention: b must be [D], with w, of the accumulation type of x");
+}
+
+// -- forward ------------------------------------------------------------------------------------------
+
+template <class T>
+struct Fitting {
+  using A = acc_t<T>;
+  Forward<T> call{};
+  Memory<A> memory;
+
+  Fitting(const Tensor& x, const Tensor& mu, const Optional& w, const Optional& b) {
+    call.sizes = sizes_of(x, mu, mu.size(2));
+    static const Engine engine = engine_of<T>();
+    call.engine = engine;
+    call.x = pixel_map<const T>(x);
+    call.w = w ? const_data<A>(*w) : nullptr;
+    call.b = b ? const_data<A>(*b) : nullptr;
+    const Sizes& s = call.sizes;
+    const int64_t rows = s.B * s.columns();
+    int64_t scores_bytes = 0, mixture_bytes = 0;
+    SEGKERNELS_BY_ENGINE(call, T, scores_bytes = E::right_bytes(s.C, s.columns());
+                         mixture_bytes = E::right_bytes(s.columns(), s.D))
+    call.scores = memory.table(memory.take(rows * row_step(s.C)), s.B, scores_bytes);
+    call.mixture = memory.table(memory.take(rows * row_step(s.D)), s.B, mixture_bytes);
+    call.heated = w ? memory.take(rows * row_step(s.D)) : call.scores.rows;
+    call.a = memory.take(rows * row_step(s.C));
+    call.folded = w ? memory.take(rows * row_step(s.D)) : call.a;
+    call.bias = memory.take(rows);
+    fill_bias(call.bias, s.B, s);
+    call.mass = memory.take(rows);
+  }
+
+  template <class F>
+  void rows(F f) const {
+    const Sizes& s = call.sizes;
+    parallel_for(s.B * s.K, s.D * 8, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) f(i / s.K, i % s.K);
+    });
+  }
+  // The E-step's table from m.
+  void heat() {
+    const Sizes& s = call.sizes;
+    rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::heat_row(call, image, k)) });
+    if (call.w)
+      parallel_for(s.B * ceil_div(s.C, 32), s.K * s.D * 64, [&](int64_t first, int64_t last) {
+        SEGKERNELS_BY_ISA(simd::convolve_bases(call, first, last))
+      });
+    parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ENGINE(call, T, for (int64_t i = first; i < last; ++i)
+                                        simd::pack_scores<E>(call.scores, i, s.columns(), s.C, row_step(s.C)))
+    });
+  }
+  void expect() {
+    const Sizes& s = call.sizes;
+    parallel_for(s.parts(), cost(s, 2), [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ENGINE(call, T, simd::expect<E>(call, first, last))
+    });
+  }
+  void fit() {
+    const Sizes& s = call.sizes;
+    rows([&](int64_t image, int64_t k) {
+      SEGKERNELS_BY_ISA(simd::gather_row(call, image, k); if (!call.w) simd::fit_row(call, image, k))
+    });
+    if (!call.w) return;
+    parallel_for(s.B * ceil_div(s.D, 32), s.K * s.C * 64, [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ISA(simd::convolve_sums(call, first, last))
+    });
+    rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::fit_row(call, image, k)) });
+  }
+  void reconstruct() {
+    const Sizes& s = call.sizes;
+    rows([&](int64_t image, int64_t k) {
+      std::copy_n(call.m + (image * s.K + k) * s.D, s.D,
+                  call.mixture.rows + (image * s.columns() + k) * row_step(s.D));
+    });
+    parallel_for(s.B, s.columns() * s.D, [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ENGINE(call, T, for (int64_t i = first; i < last; ++i)
+                                        simd::pack_mixture<E>(call.mixture, i, s.columns(), s.D, row_step(s.D)))
+    });
+    parallel_for(s.B * s.blocks(), 2 * kBlock * s.K * s.D, [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ENGINE(call, T, simd::reconstruct<E>(call, first, last))
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> em_attention(Tensor x, Tensor mu, Optional lam,
+                                                                        Optional w, Optional b,
+                                                                        int64_t iterations, int64_t depth,
+                                                                        bool clamp, bool assignment) {
+  check(x, mu, lam, w, b);
+  const bool channels_last = is_channels_last(map_of(x));
+  x = as_pixels(x), mu = dense(mu);
+  if (w) w = dense(*w);
+  if (b) b = dense(*b);
+  const Map map = map_of(x);
+  const int64_t K = mu.size(1), D = mu.size(2), kept = std::max<int64_t>(0, depth),
+                steps = std::max<int64_t>(1, depth);
+  STD_TORCH_CHECK(iterations >= 0 && depth <= iterations && depth >= -1, "em_attention: depth ", depth, " of ",
+                  iterations, " iterations");
+  const Tensor y = empty_map(x, {map.B, D, map.H, map.W}, channels_last), m = torch::stable::clone(mu),
+               z = assignment ? empty_map(mu, {map.B, K, map.H, map.W}, channels_last) : empty(mu, {0}),
+               h = empty(mu, depth < 0 ? Ints{0} : Ints{map.B, steps, K, D}), s = empty(mu, {map.B, kept, K}),
+               r = empty(mu, {map.B, kept, K});
+  if (x.numel() == 0) {
+    for (Tensor t : {y, z, h, s, r}) torch::stable::zero_(t);
+    return {y, z, m, h, s, r};
+  }
+  by_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    Fitting<T> fitting(x, mu, w, b);
+    Forward<T>& call = fitting.call;
+    const Sizes& size = call.sizes;
+    call.lam = temperature<T>(lam);
+    call.clamp = clamp;
+    call.depth = kept;
+    call.y = pixel_map<T>(y);
+    if (assignment) call.z = pixel_map<A>(z);
+    call.m = mutable_data<A>(m);
+    const int64_t table = size.columns() * row_step(size.C);
+    const Tensor sums = empty(mu, {iterations ? size.parts() * (table + size.columns()) : 0}),
+                 responsibilities = empty(mu, {size.B * size.N * size.columns()});
+    call.sums = mutable_data<A>(sums);
+    call.masses = call.sums + size.parts() * table;
+    call.responsibilities = mutable_data<A>(responsibilities);
+    call.sums_wanted = iterations > 0;
+    const int64_t passes = std::max<int64_t>(1, iterations);
+    for (int64_t t = 0; t < passes; ++t) {
+      call.last = t == passes - 1;
+      const int64_t step = t - (passes - steps), moment = t - (iterations - kept);
+      if (depth >= 0 && step >= 0)
+        for (int64_t image = 0; image < map.B; ++image)
+          std::copy_n(call.m + image * K * D, K * D, mutable_data<A>(h) + (image * steps + step) * K * D);
+      call.s = kept && moment >= 0 ? mutable_data<A>(s) + moment * K : nullptr;
+      call.r = kept && moment >= 0 ? mutable_data<A>(r) + moment * K : nullptr;
+      fitting.heat();
+      fitting.expect();
+      if (call.sums_wanted) fitting.fit();
+    }
+    fitting.reconstruct();
+  });
+  return {y, z, m, h, s, r};
+}
+
+// -- backward -----------------------------------------------------------------------------------------
+
+template <class T>
+struct Differentiating {
+  using A = acc_t<T>;
+  Backward<T> call{};
+  Memory<A> memory;
+  std::vector<double> dlam;
+
+  Differentiating(const Tensor& x, const Tensor& m, int64_t depth) {
+    call.sizes = sizes_of(x, m, m.size(2));
+    static const Engine engine = engine_of<T>();
+    call.engine = engine;
+    call.depth = depth;
+    call.steps = std::max<int64_t>(1, depth);
+    const Sizes& s = call.sizes;
+    const int64_t rows = s.B * s.columns(), step = row_step(s.C), slots = call.slots();
+    int64_t summed = 0, made = 0;
+    SEGKERNELS_BY_ENGINE(call, T, summed = E::right_bytes(s.C, s.columns());
+                         made = E::right_bytes(slots * s.columns(), s.C))
+    call.coefficients = memory.table(memory.take(slots * rows * step), s.B, made);
+    call.mixture = memory.table(memory.take(rows * step), s.B, summed);
+    call.slopes = memory.table(memory.take(rows * step), s.B, summed);
+    call.scores = memory.table(nullptr, s.B * call.steps, summed);
+    call.bias = memory.take(s.columns());
+    fill_bias(call.bias, 1, s);
+    call.shift = memory.take(rows);
+    dlam.resize(s.B * s.K);
+    call.dlam = dlam.data();
+  }
+
+  template <class F>
+  void rows(F f) const {
+    const Sizes& s = call.sizes;
+    parallel_for(s.B * s.K, s.C * 16, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) f(i / s.K, i % s.K);
+    });
+  }
+  void pack_slopes() {
+    const Sizes& s = call.sizes;
+    parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ENGINE(call, T, for (int64_t i = first; i < last; ++i)
+                                        simd::pack_scores<E>(call.slopes, i, s.columns(), s.C, row_step(s.C)))
+    });
+  }
+  // λμ of every E-step, and μ^T, as operands.
+  void prepare() {
+    const Sizes& s = call.sizes;
+    const int64_t step = row_step(s.C), table = s.columns() * step;
+    rows([&](int64_t image, int64_t k) {
+      SEGKERNELS_BY_ISA(for (int64_t e = 0; e < call.steps; ++e) simd::heat_row(call, image, e, k);
+                        simd::mixture_row(call, image, k))
+    });
+    parallel_for(s.B, s.columns() * s.C * (call.steps + 1), [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ENGINE(
+          call, T, for (int64_t i = first; i < last; ++i) {
+            simd::pack_scores<E>(call.mixture, i, s.columns(), s.C, step);
+            for (int64_t e = 0; e < call.steps; ++e) {
+              Table<A> scores = call.scores;
+              scores.packed += (i * call.steps + e) * scores.bytes;
+              scores.rows = call.coefficients.rows + (i * call.slots() + 2 * e + 1) * table;
+              simd::pack_scores<E>(scores, 0, s.columns(), s.C, step);
+            }
+          })
+    });
+  }
+  // What dx is made of, without da where no base is differentiated.
+  void pack_coefficients() {
+    const Sizes& s = call.sizes;
+    const int64_t skipped = call.depth == 0, slots = call.slots();
+    parallel_for(s.B, slots * s.columns() * s.C, [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ENGINE(
+          call, T, for (int64_t i = first; i < last; ++i) {
+            Table<A> made = call.coefficients;
+            made.packed += i * made.bytes;
+            made.rows += (i * slots + skipped) * s.columns() * row_step(s.C);
+            simd::pack_mixture<E>(made, 0, (slots - skipped) * s.columns(), s.C, row_step(s.C));
+          })
+    });
+  }
+
+  void run() {
+    const Sizes& s = call.sizes;
+    const int64_t depth = call.depth;
+    prepare();
+    if (depth == 0) pack_coefficients();
+    parallel_for(s.parts(), cost(s, 3), [&](int64_t first, int64_t last) {
+      SEGKERNELS_BY_ENGINE(call, T, simd::sweep_reconstruction<E>(call, first, last))
+    });
+    if (depth > 0 || call.want_bases)
+      rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::fitted_row(call, image, k)) });
+    for (int64_t step = depth - 1; step >= 0; --step) {
+      rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::divide_row(call, image, step, k)) });
+      pack_slopes();
+      if (step == 0 && call.dx.data) pack_coefficients();
+      parallel_for(s.parts(), cost(s, 3), [&](int64_t first, int64_t last) {
+        SEGKERNELS_BY_ENGINE(call, T, simd::sweep_iteration<E>(call, step, first, last))
+      });
+      if (step > 0)
+        rows([&](int64_t image, int64_t k) {
+          SEGKERNELS_BY_ISA(simd::scored_row(call, image, step, k, false))
+        });
+    }
+    if (call.want_u)
+      rows([&](int64_t image, int64_t k) {
+        SEGKERNELS_BY_ISA(simd::scored_row(call, image, int64_t(0), k, depth == 0 && call.want_bases))
+      });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> em_attention_backward(Optional dy, Optional dz, Optional dm, Tensor x,
+                                                         Tensor m, Tensor h, Tensor s, Tensor r, Optional lam,
+                                                         int64_t depth, bool clamp, Ints need) {
+  check(x, m, lam, std::nullopt, std::nullopt);
+  STD_TORCH_CHECK(need.size() == 3 && depth >= 0, "em_attention_backward: need has 3 numbers, depth is 0 or more");
+  const bool channels_last = is_channels_last(map_of(x));
+  x = as_pixels(x), m = dense(m), h = dense(h), s = dense(s), r = dense(r);
+  const Map map = map_of(x);
+  const int64_t K = m.size(1), steps = std::max<int64_t>(1, depth);
+  STD_TORCH_CHECK(h.numel() == map.B * steps * K * map.C && s.numel() == map.B * depth * K &&
+                      r.numel() == s.numel() && h.scalar_type() == m.scalar_type() &&
+                      s.scalar_type() == m.scalar_type() && r.scalar_type() == m.scalar_type(),
+                  "em_attention_backward: h must be [B, steps, K, C], s and r [B, depth, K], of the type of m");
+  const Ints none{0};
+  const Tensor dx = need[0] ? empty_map(x, {map.B, map.C, map.H, map.W}, channels_last) : empty(x, none),
+               dmu = empty(m, {map.B, K, map.C}), dlam = empty(m, need[2] ? Ints{} : none);
+  if (x.numel() == 0) {
+    for (Tensor t : {dx, dmu, dlam}) torch::stable::zero_(t);
+    return {dx, need[1] ? dmu : empty(m, none), dlam};
+  }
+  by_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    Differentiating<T> part(x, m, depth);
+    Backward<T>& call = part.call;
+    const Sizes& size = call.sizes;
+    call.x = pixel_map<const T>(x);
+    if (dy) {
+      dy = as_pixels(*dy);
+      call.dy = pixel_map<const T>(*dy);
+      STD_TORCH_CHECK(call.dy.at.B == size.B && call.dy.at.C == size.C && call.dy.at.N == size.N &&
+                          dy->scalar_type() == x.scalar_type(),
+                      "em_attention_backward: dy must be as x");
+    }
+    if (dz) {
+      dz = as_pixels(*dz);
+      call.dz = pixel_map<const A>(*dz);
+      STD_TORCH_CHECK(call.dz.at.B == size.B && call.dz.at.C == K && call.dz.at.N == size.N &&
+                          dz->scalar_type() == m.scalar_type(),
+                      "em_attention_backward: dz must be [B, K, H, W] of the type of m");
+    }
+    if (dm) {
+      dm = dense(*dm);
+      call.dm = const_data<A>(*dm);
+      STD_TORCH_CHECK(dm->numel() == m.numel() && dm->scalar_type() == m.scalar_type(),
+                      "em_attention_backward: dm must be as m");
+    }
+    if (need[0]) call.dx = pixel_map<T>(dx);
+    call.h = const_data<A>(h), call.m = const_data<A>(m);
+    call.s = const_data<A>(s), call.r = const_data<A>(r);
+    call.lam = temperature<T>(lam);
+    call.clamp = clamp;
+    call.want_bases = need[1];
+    call.want_u = need[1] || need[2];
+    const int64_t table = size.columns() * row_step(size.C);
+    const Tensor sums = empty(m, {(depth > 0 ? 1 : 2) * size.parts() * table}),
+                 stash = empty(m, {depth > 0 ? size.B * size.N * call.kept().size() * size.columns() : 0});
+    call.fitted = mutable_data<A>(sums);
+    call.u = depth > 0 ? call.fitted : call.fitted + size.parts() * table;
+    call.stash = mutable_data<A>(stash);
+    call.dmu = mutable_data<A>(dmu);
+    part.run();
+    if (!need[2]) return;
+    double total = 0;
+    for (const double share : part.dlam) total += share;
+    *mutable_data<A>(dlam) = A(total);
+  });
+  return {dx, need[1] ? dmu : empty(m, none), dlam};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(segkernels, CPU, m) {
+  m.impl("em_attention", TORCH_BOX(&em_attention));
+  m.impl("em_attention_backward", TORCH_BOX(&em_attention_backward));
+}
+
+}  // namespace segkernels

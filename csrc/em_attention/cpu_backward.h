@@ -1,0 +1,229 @@
+// The sweeps of the backward: through the reconstruction, then through one iteration after the other.
+// Included by em_attention/cpu_kernels.h.
+
+namespace segkernels {
+namespace {
+namespace SEGKERNELS_ISA {
+
+// A thread's block on its way through a sweep. Its rows hold z and dl of all steps side by side, [steps][2:
+// z, dl][columns], as dx is made of them.
+template <class E, class T>
+struct Sweep {
+  using A = acc_t<T>;
+  const Backward<T>& call;
+  const Sizes& s;
+  const int64_t columns, width, size;  // of a z, of a row, of the sums of a part
+  Scratch memory;
+  Rows<A> rows;
+  Block<E, T> b;
+
+  explicit Sweep(const Backward<T>& of)
+      : call(of),
+        s(of.sizes),
+        columns(s.columns()),
+        width(of.slots() * columns + 16),  // an odd number of cache lines
+        size(columns * row_step(s.C)),
+        memory(Block<E, T>::bytes(s, width) + kBlock * width * int64_t(sizeof(A)) + 64),
+        rows{memory.take<A>(kBlock * width), width},
+        b(s, width, memory) {
+    std::fill_n(b.z.p, kBlock * columns, A(0));  // what is loaded there ends at K
+  }
+
+  Rows<A> z(int64_t step) const { return {rows.p + 2 * step * columns, width}; }
+  Rows<A> dl(int64_t step) const { return {rows.p + (2 * step + 1) * columns, width}; }
+  Rows<A> stash(int64_t image, int64_t block, int64_t place) const {
+    const int64_t step = call.kept().size() * columns;
+    return {call.stash + (image * s.N + block * kBlock) * step + place * columns, step};
+  }
+  void copy(int64_t pixels, Rows<A> from, Rows<A> to) const {
+    for (int64_t t = 0; t < pixels; ++t) std::copy_n(from[t], columns, to[t]);
+  }
+
+  // The E-step of a block whose pixels are loaded.
+  void expect(int64_t image, int64_t block, int64_t step) const {
+    const int64_t pixels = s.pixels(block);
+    b.multiply(pixels, columns, s.C, b.x, call.scores[image * call.steps + step], b.scores);
+    responsibilities(pixels, columns, b.read(b.scores), call.bias, z(step));
+  }
+  // dx of a block, whose z and dl of the first step are known.
+  void write_dx(int64_t image, int64_t block) const {
+    const int64_t pixels = s.pixels(block), last = call.steps - 1;
+    for (int64_t step = 1; step <= last; ++step) {
+      copy(pixels, stash(image, block, call.kept().dl(step)), dl(step));
+      if (step == last && call.kept().loses_last())
+        expect(image, block, step);
+      else
+        copy(pixels, stash(image, block, call.kept().z(step)), z(step));
+    }
+    const int64_t skipped = call.depth == 0;  // no part of dx comes through z where bases are constants
+    const Rows<A> from = skipped ? dl(0) : z(0);
+    b.mix(image, block, (call.slots() - skipped) * columns, from, call.coefficients[image], call.dx);
+  }
+  // What follows dl of a block and a step: u += Σ dl x, and what later sweeps need, or dx.
+  void finish(int64_t image, int64_t block, int64_t part, int64_t step) const {
+    const int64_t pixels = s.pixels(block), last = call.steps - 1;
+    if (step > 0 || call.want_u) b.sum(pixels, dl(step), b.x, s.C, call.u + part * size);
+    if (step == 0) {
+      if (call.dx.data) write_dx(image, block);
+      return;
+    }
+    copy(pixels, dl(step), stash(image, block, call.kept().dl(step)));
+    if (step < last) copy(pixels, z(step), stash(image, block, call.kept().z(step)));
+  }
+
+  // dz[t][k] of the last step, from y and z; zero where neither has a cotangent.
+  void cotangent(int64_t image, int64_t block, Rows<A> dz) const {
+    const int64_t pixels = s.pixels(block);
+    if (call.dy.data) b.multiply(pixels, columns, s.C, b.out, call.mixture[image], b.scores);
+    if (call.dz.data) b.load_map(call.dz, image, block, b.z);
+    for (int64_t t = 0; t < pixels; ++t)
+      for (int64_t k = 0; k < columns; k += Vec<A>::lanes) {
+        Vec<A> g = splat(A(0));
+        if (call.dy.data) g = load(static_cast<const A*>(b.scores[t]) + k);
+        if (call.dz.data) g = g + load(static_cast<const A*>(b.z[t]) + k);
+        store(dz[t] + k, g);
+      }
+  }
+
+  // Through the reconstruction: z and dz of the last step, Σ z dy; all there is to do where bases are
+  // constants.
+  void reconstruction(int64_t part) const {
+    const int64_t image = part / s.splits, step = call.steps - 1;
+    const bool fitted = call.depth > 0 || call.want_bases;
+    if (fitted) std::fill_n(call.fitted + part * size, size, A(0));
+    if (call.depth == 0 && call.want_u) std::fill_n(call.u + part * size, size, A(0));
+    for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
+      const int64_t pixels = b.load_map(call.x, image, block, b.x);
+      expect(image, block, step);
+      if (call.dy.data) {
+        b.load_map(call.dy, image, block, b.out);
+        if (fitted) b.sum(pixels, z(step), b.out, s.C, call.fitted + part * size);
+      }
+      cotangent(image, block, dl(step));
+      if (call.depth > 0) {
+        copy(pixels, z(step), stash(image, block, call.kept().z(step)));
+        copy(pixels, dl(step), stash(image, block, call.kept().dl(step)));
+      } else {
+        slopes(pixels, columns, b.read(z(step)), dl(step));
+        finish(image, block, part, step);
+      }
+    }
+  }
+
+  // Through an iteration, whose da and ds are known.
+  void iteration(int64_t part, int64_t step) const {
+    const int64_t image = part / s.splits;
+    std::fill_n(call.u + part * size, size, A(0));
+    for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
+      const int64_t pixels = b.load_map(call.x, image, block, b.x);
+      b.multiply(pixels, columns, s.C, b.x, call.slopes[image], b.scores);
+      const A* shift = call.shift + image * columns;
+      if (step == call.steps - 1) {
+        copy(pixels, stash(image, block, call.kept().z(step)), z(step));
+        add_scores<true>(pixels, columns, b.read(b.scores), shift, stash(image, block, call.kept().dl(step)), dl(step));
+      } else {
+        add_scores<false>(pixels, columns, b.read(b.scores), shift, Rows<A>{}, dl(step));
+        expect(image, block, step);
+      }
+      slopes(pixels, columns, b.read(z(step)), dl(step));
+      finish(image, block, part, step);
+    }
+  }
+};
+
+template <class E, class T>
+void sweep_reconstruction(const Backward<T>& call, int64_t first, int64_t last) {
+  const Sweep<E, T> sweep(call);
+  for (int64_t part = first; part < last; ++part) sweep.reconstruction(part);
+}
+template <class E, class T>
+void sweep_iteration(const Backward<T>& call, int64_t step, int64_t first, int64_t last) {
+  const Sweep<E, T> sweep(call);
+  for (int64_t part = first; part < last; ++part) sweep.iteration(part, step);
+}
+
+// -- bases, row by row of [B][K] -----------------------------------------------------------------------
+
+// Σ_c a[c] b[c] of rows without padding.
+template <class A>
+A inner(int64_t channels, const A* a, const A* b) {
+  Vec<A> s = splat(A(0));
+  for (int64_t c = 0; c < channels; c += Vec<A>::lanes) {
+    const Mask m = lane_range<A>(0, channels - c);
+    s = fma(load<A>(a + c, m), load<A>(b + c, m), s);
+  }
+  return sum(s);
+}
+
+template <class T>
+acc_t<T>* coefficients_row(const Backward<T>& call, int64_t image, int64_t step, int64_t kind, int64_t k) {
+  const Sizes& s = call.sizes;
+  const int64_t slot = image * call.slots() + 2 * step + kind;
+  return call.coefficients.rows + (slot * s.columns() + k) * row_step(s.C);
+}
+
+// λμ of the bases before an E-step.
+template <class T>
+void heat_row(const Backward<T>& call, int64_t image, int64_t step, int64_t k) {
+  const Sizes& s = call.sizes;
+  const acc_t<T>* mu = call.h + ((image * call.steps + step) * s.K + k) * s.C;
+  acc_t<T>* out = coefficients_row(call, image, step, 1, k);
+  for (int64_t c = 0; c < s.C; ++c) out[c] = call.lam * mu[c];
+}
+// μ^T, padded.
+template <class T>
+void mixture_row(const Backward<T>& call, int64_t image, int64_t k) {
+  const Sizes& s = call.sizes;
+  std::copy_n(call.m + (image * s.K + k) * s.C, s.C,
+              call.mixture.rows + (image * s.columns() + k) * row_step(s.C));
+}
+
+// dμ^T = Σ z dy + dm (+ dmu, where T = 0 left its scores' part there).
+template <class T>
+void fitted_row(const Backward<T>& call, int64_t image, int64_t k) {
+  using A = acc_t<T>;
+  const Sizes& s = call.sizes;
+  const int64_t step = row_step(s.C), at = (image * s.K + k) * s.C;
+  std::vector<A> row(step);
+  sum_parts(static_cast<const A*>(call.fitted), s.splits, s.columns(), step, image, k, row.data());
+  for (int64_t c = 0; c < s.C; ++c) call.dmu[at + c] = row[c] + (call.dm ? call.dm[at + c] : A(0));
+}
+
+// dμ^{t−1} = λ u and its share of dλ; `add` to what is there.
+template <class T>
+void scored_row(const Backward<T>& call, int64_t image, int64_t step, int64_t k, bool add) {
+  using A = acc_t<T>;
+  const Sizes& s = call.sizes;
+  const int64_t width = row_step(s.C), at = (image * s.K + k) * s.C;
+  std::vector<A> row(width);
+  sum_parts(static_cast<const A*>(call.u), s.splits, s.columns(), width, image, k, row.data());
+  const A* mu = call.h + ((image * call.steps + step) * s.K + k) * s.C;
+  double share = 0;
+  for (int64_t c = 0; c < s.C; ++c) {
+    share += double(mu[c]) * row[c];
+    call.dmu[at + c] = call.lam * row[c] + (add ? call.dmu[at + c] : A(0));
+  }
+  call.dlam[image * s.K + k] += share;
+}
+
+// da and ds of the M-step after E-step `step`, from dμ.
+template <class T>
+void divide_row(const Backward<T>& call, int64_t image, int64_t step, int64_t k) {
+  using A = acc_t<T>;
+  const Sizes& s = call.sizes;
+  const int64_t at = (image * s.K + k) * s.C, moment = (image * call.depth + step) * s.K + k;
+  const A* dmu = call.dmu + at;
+  const A* mu = step == call.steps - 1 ? call.m + at : call.h + ((image * call.steps + step + 1) * s.K + k) * s.C;
+  const A r = call.r[moment];
+  const Divisor<A> divisor(r, call.s[moment], call.clamp);
+  const A along = inner(s.C, mu, dmu);
+  const A turn = r == A(0) ? A(0) : along * divisor.by_r * (divisor.d / r);
+  A* da = coefficients_row(call, image, step, 0, k);
+  A* out = call.slopes.rows + (image * s.columns() + k) * row_step(s.C);
+  for (int64_t c = 0; c < s.C; ++c) out[c] = da[c] = (dmu[c] - mu[c] * turn) / divisor.d;
+  call.shift[image * s.columns() + k] = -along / divisor.d * divisor.by_s;
+}
+
+}  // namespace SEGKERNELS_ISA
+}  // namespace
+}  // namespace segkernels
