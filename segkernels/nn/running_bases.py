@@ -61,7 +61,8 @@ def begin(owner: nn.Module, bases: Tensor, x: Tensor) -> Tensor:
     if not repeated():
         recent.append(Beginning(pixel.clone(), bases.clone()))
         return recent[-1].bases
-    alike = [b for b in recent if b.pixel.shape == pixel.shape]
+    kind = pixel.shape, pixel.device
+    alike = [b for b in recent if (b.pixel.shape, b.pixel.device) == kind]
     if not alike:
         return bases.clone()
     distances = torch.stack([(b.pixel - pixel).abs().sum() for b in alike])
