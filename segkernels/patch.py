@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from segkernels.fused import check_backend
 from segkernels.ops.nodes import too_many_nodes
 
 MARK = "_segkernels_patch"
+Limit = Callable[[nn.Module], str | None]
 
 
 def _no_depthwise(module: nn.Module) -> str | None:
@@ -48,8 +50,8 @@ class Layer:
 
     face: str
     children: tuple[str, ...] = ()
-    limit: Callable[[nn.Module], str | None] = lambda module: None
-    idle: Callable[[nn.Module], str | None] = _no_depthwise
+    limit: Limit = lambda module: None
+    idle: Limit = _no_depthwise
 
     def load(self) -> type[nn.Module]:
         package, _, name = self.face.rpartition(".")
@@ -74,7 +76,18 @@ def _over_nodes(face: str, nodes: str, *children: str) -> Layer:
     )
 
 
+def _over_bases(face: str, bases: str, *children: str, limit: Limit = lambda module: None) -> Layer:
+    """A layer of EM attention, whose buffer ``bases`` is [1, C, K]."""
+    return Layer(
+        face,
+        (bases.partition(".")[0], *children),
+        lambda module: limit(module) or too_many_nodes(attrgetter(bases)(module).shape[2]),
+        lambda module: None,
+    )
+
+
 _SMP = "segmentation_models_pytorch.decoders.deeplabv3.decoder"
+_EMA = "mmseg.models.decode_heads.ema_head"
 _ASPP = ("convs", "project")
 _HEAD = ("image_pool", "aspp_modules", "bottleneck", "conv_seg")
 
@@ -106,6 +119,19 @@ LAYERS = {
     "mmseg.models.utils.encoding.Encoding": _over_nodes("mmseg.Encoding", "codewords", "scale"),
     "encoding.nn.encoding.Encoding": _over_nodes("encoding.Encoding", "codewords", "scale"),
     "model.basicnet.GraphNet": _over_nodes("mgl.GraphNet", "anchor", "sigma", "normalize_input"),
+    "network.EMAU": _over_bases("emanet.EMAU", "mu", "conv1", "conv2", "stage_num"),
+    f"{_EMA}.EMAModule": _over_bases("mmseg.EMAModule", "bases", "num_stages", "momentum"),
+    f"{_EMA}.EMAHead": _over_bases(
+        "mmseg.EMAHead",
+        "ema_module.bases",
+        "ema_in_conv",
+        "ema_mid_conv",
+        "ema_out_conv",
+        "bottleneck",
+        "concat_input",
+        "conv_seg",
+        limit=_one_input,
+    ),
 }
 
 # Containers inside those layers: they keep their forward, but a fused layer may open them.

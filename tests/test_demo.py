@@ -68,15 +68,29 @@ def test_it_learns(found: dict[str, Any]) -> None:
     assert training["losses"][-1] < training["losses"][0] / 2
 
 
+def test_it_compares_the_gradients_of_em_attention(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], found: dict[str, Any]
+) -> None:
+    """Both learn; the sentence says what was compared, on the screen and in the report."""
+    attention, before = found["em_attention"], found["training"]["before"]["mean_iou"]
+    assert attention["steps"] == QUICK.attention_steps
+    assert set(attention["mean_iou"]) == {"none", "full"}
+    assert all(iou > before for iou in attention["mean_iou"].values())
+    assert attention["mean_iou"]["none"] != attention["mean_iou"]["full"]
+    out, ran = finished
+    line = f"with gradient 'full'; {QUICK.attention_steps} steps each"
+    assert line in ran.stdout and line in (out / "report.md").read_text()
+
+
 def test_it_checks(found: dict[str, Any]) -> None:
     assert found["ok"] and not found["failures"]
     names = [check["name"] for check in found["checks"]]
-    assert len(names) == 5 and "the trained network" in names
+    assert len(names) == 6 and {"the trained network", "EMAU, 32 bases"} <= set(names)
     assert all(check["holds"] for check in found["checks"])
 
 
 def test_it_times(found: dict[str, Any]) -> None:
-    assert len(found["times"]) == 8
+    assert len(found["times"]) == 10
     for row in found["times"]:
         assert {"fused", "eager", "channels_last"} <= set(row["seconds"]) == set(row["peak"])
         assert min(row["seconds"].values()) > 0 and min(row["peak"].values()) > 0
@@ -196,10 +210,16 @@ def test_a_network_that_learned_nothing_fails() -> None:
     report = Report(out=Path(), after=nothing, floor=0.4)
     assert report.failures() == ["mIoU 0.000 is below 0.400"]
     report.after = nothing._replace(mean_iou=float("nan"))
-    assert report.failures()
+    assert len(report.failures()) == 1
+    report.before, report.attention = nothing, {"none": 0.5, "full": float("nan")}
+    assert "gradient 'full' learned nothing" in report.failures()[1]
+    assert len(report.failures()) == 2
 
 
-def test_the_network_is_its_seed() -> None:
-    first, again, other = (network.build(seed, "reference").state_dict() for seed in (0, 0, 1))
+@pytest.mark.parametrize("attention", [None, "full"])
+def test_the_network_is_its_seed(attention: Any) -> None:
+    first, again, other = (
+        network.build(seed, "reference", attention).state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)

@@ -13,119 +13,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from segkernels.nn import pair
+from segkernels.nn import emau, pair
 from segkernels.patch import CONTAINERS, LAYERS, Run, _difference, patch, unpatch
-
-SMP = "segmentation_models_pytorch.decoders.deeplabv3.decoder"
-MMCV = "mmcv.cnn.bricks"
-
-
-class SeparableConv2d(nn.Sequential):
-    def __init__(self, channels: int, out: int, rate: int) -> None:
-        conv = nn.Conv2d(channels, channels, 3, 1, rate, rate, channels, bias=False)
-        super().__init__(conv, nn.Conv2d(channels, out, 1, bias=False))
-
-
-class ASPPPooling(nn.Sequential):
-    def __init__(self, channels: int, out: int) -> None:
-        conv = nn.Conv2d(channels, out, 1, bias=False)
-        super().__init__(nn.AdaptiveAvgPool2d(1), conv, nn.BatchNorm2d(out), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(super().forward(x), x.shape[-2:], mode="bilinear")
-
-
-class ASPP(nn.Module):
-    def __init__(self, channels: int, out: int, separable: bool = True) -> None:
-        super().__init__()
-
-        def branch(conv: nn.Module) -> nn.Module:
-            return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
-
-        def atrous(rate: int) -> nn.Module:
-            full = nn.Conv2d(channels, out, 3, 1, rate, rate, bias=False)
-            return SeparableConv2d(channels, out, rate) if separable else full
-
-        convs = [nn.Conv2d(channels, out, 1, bias=False), *(atrous(rate) for rate in (1, 2, 3))]
-        self.convs = nn.ModuleList([*map(branch, convs), ASPPPooling(channels, out)])
-        self.project = branch(nn.Conv2d(5 * out, out, 1, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(torch.cat([conv(x) for conv in self.convs], 1))
-
-
-class ConvModule(nn.Module):
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.order = ("conv", "norm", "act")
-        self.with_norm = self.with_activation = True
-        self.with_explicit_padding = False
-        self.conv, self.bn, self.activate = conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()
-
-    @property
-    def norm(self) -> nn.Module:
-        return self.bn
-
-    def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
-        return self.activate(self.bn(self.conv(x)))
-
-
-class DepthwiseSeparableConvModule(nn.Module):
-    def __init__(self, channels: int, out: int) -> None:
-        super().__init__()
-        self.depthwise_conv = ConvModule(nn.Conv2d(channels, channels, 3, 1, 1, 1, channels))
-        self.pointwise_conv = ConvModule(nn.Conv2d(channels, out, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pointwise_conv(self.depthwise_conv(x))
-
-
-class Encoding(nn.Module):
-    """The equations, with their tensor of pixels, codewords and channels."""
-
-    def __init__(self, channels: int, num_codes: int) -> None:
-        super().__init__()
-        self.codewords = nn.Parameter(torch.randn(num_codes, channels))
-        self.scale = nn.Parameter(-torch.rand(num_codes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        residuals = x.flatten(2).mT[:, :, None] - self.codewords  # [B, N, K, C]
-        q = (self.scale * residuals.square().sum(3)).softmax(2)
-        return (q[..., None] * residuals).sum(1)
-
-
-class GraphNet(nn.Module):
-    """The equations, with the published way of reading [B, K, C] as [B, C, K]."""
-
-    def __init__(self, node_num: int, dim: int) -> None:
-        super().__init__()
-        self.normalize_input = True
-        self.anchor = nn.Parameter(torch.rand(node_num, dim))
-        self.sigma = nn.Parameter(torch.rand(node_num, dim))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.normalize(x, dim=1)
-        residuals = (x.flatten(2).mT[:, :, None] - self.anchor) / self.sigma.sigmoid()
-        q = (-residuals.square().sum(3) / 2).softmax(2)  # [B, N, K]
-        nodes = F.normalize((q[..., None] * residuals).sum(1) / q.sum(1)[..., None], dim=2)
-        nodes = F.normalize(nodes.flatten(1), dim=1)
-        return nodes.reshape(len(x), x.shape[1], -1), q.mT
-
-
-PLACES = {
-    "mmseg.models.utils.encoding": (Encoding,),
-    "model.basicnet": (GraphNet,),
-    SMP: (SeparableConv2d, ASPPPooling, ASPP),
-    f"{MMCV}.conv_module": (ConvModule,),
-    f"{MMCV}.depthwise_separable_conv_module": (DepthwiseSeparableConvModule,),
-}
+from tests.published import (
+    ASPP,
+    EMAU,
+    PLACES,
+    DepthwiseSeparableConvModule,
+    EMAHead,
+    EMAModule,
+    Encoding,
+    GraphNet,
+)
 
 
 @pytest.fixture(autouse=True)
 def _published_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fake modules under the published names hold the classes above (pickle looks there)."""
+    """Fake modules under the published names hold the tiny classes (pickle looks there)."""
     for place, kinds in PLACES.items():
         parts = place.split(".")
         for i in range(1, len(parts) + 1):
@@ -221,6 +126,65 @@ def test_layers_over_nodes() -> None:
     assert entry.note == "the kernels take up to 256 nodes, not 257"
 
 
+class Inputs(nn.Module):
+    """A list of maps, as mmseg's heads take it."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x[:1], x]
+
+
+@pytest.fixture
+def folded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a convolution was folded, of every call of em_attention by a layer."""
+    seen: list[bool] = []
+    operator = emau.em_attention
+
+    def noted(*args: Any, **options: Any) -> Any:
+        seen.append(options.get("weight") is not None)
+        return operator(*args, **options)
+
+    monkeypatch.setattr(emau, "em_attention", noted)
+    return seen
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), EMAU(4, 3)), ["1"]),
+        (lambda: nn.Sequential(EMAModule(3, 5), nn.Conv2d(3, 2, 1)), ["0"]),
+        (lambda: nn.Sequential(Inputs(), EMAHead(3, 5)), ["1", "1.ema_module"]),
+    ],
+    ids=["EMAU", "EMAModule", "EMAHead"],
+)
+def test_layers_of_em_attention(
+    make: Any, names: list[str], training: bool, folded: list[bool]
+) -> None:
+    torch.manual_seed(0)
+    net = make().double().train(training)
+    report = patch(net, image(), backend="reference")
+    assert [entry.name for entry in report.replaced] == names and not report.skipped
+    assert report.difference is not None and max(report.difference.values()) < 1e-10
+    assert folded == ["0" not in names]
+    assert unpatch(net) >= len(names) and unpatch(net) == 0
+
+
+def test_hooks_of_a_part_that_is_folded_run(folded: list[bool]) -> None:
+    net = nn.Sequential(Inputs(), EMAHead(3, 5)).double()
+    seen: list[str] = []
+    net[1].ema_module.register_forward_hook(lambda *args: seen.append("module"))
+    patch(net, backend="reference")
+    net(image())
+    assert seen == ["module"] and folded == [False]
+
+
+def test_em_attention_with_too_many_bases() -> None:
+    for layer in (EMAU(2, 257), EMAModule(2, 257), EMAHead(2, 257)):
+        for entry in patch(layer).skipped:
+            assert entry.note == "the kernels take up to 256 nodes, not 257"
+        assert not patch(layer).replaced
+
+
 def test_hooks_still_run(rates: list[int]) -> None:
     net = model()
     seen: list[str] = []
@@ -313,6 +277,9 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "mmseg.Encoding": {"channels": 4, "num_codes": 3},
     "encoding.Encoding": {"D": 4, "K": 3},
     "mgl.GraphNet": {"node_num": 3, "dim": 4},
+    "emanet.EMAU": {"c": 4, "k": 3},
+    "mmseg.EMAModule": {"channels": 4, "num_bases": 3, "num_stages": 2, "momentum": 0.1},
+    "mmseg.EMAHead": {"ema_channels": 4, "num_bases": 3, "num_stages": 2, **HEAD},
 }
 
 

@@ -1,5 +1,5 @@
 """mmseg.models.decode_heads: ``ASPPHead``, ``DepthwiseSeparableASPPHead``, ``EncHead``,
-``EncModule``; mmseg.models.utils: ``Encoding``.
+``EncModule``, ``EMAHead``, ``EMAModule``; mmseg.models.utils: ``Encoding``.
 
 ``forward(inputs)`` with a list of feature maps returns logits, as published (EncHead: and those of
 the classes' presence). The losses and
@@ -8,7 +8,8 @@ not here: their options are kept as attributes. A rate of 1 is a 1x1 convolution
 begins with the image pool.
 
 Source: Chen et al., "Rethinking Atrous Convolution", 2017; "Encoder-Decoder with Atrous Separable
-Convolution", ECCV 2018; Zhang et al., "Context Encoding for Semantic Segmentation", CVPR 2018.
+Convolution", ECCV 2018; Zhang et al., "Context Encoding for Semantic Segmentation", CVPR 2018; Li
+et al., "Expectation-Maximization Attention Networks for Semantic Segmentation", ICCV 2019.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from segkernels.compat.mmcv import (
     DepthwiseSeparableConvModule,
     build_norm,
 )
-from segkernels.nn.arguments import several
+from segkernels.nn.arguments import check_positive, several
 from segkernels.nn.aspp import pyramid
-from segkernels.nn.chain import run
+from segkernels.nn.chain import leaves, run
+from segkernels.nn.emau import attend
 from segkernels.nn.enc_module import emphasised
 from segkernels.nn.encoding import Encoding as _Encoding
 from segkernels.nn.laterals import with_laterals
+from segkernels.nn.pair import has_hooks
+from segkernels.nn.running_bases import unit_bases
 
 CROSS_ENTROPY: Config = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0}
 SE_LOSS: Config = {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 0.2}
@@ -285,6 +289,110 @@ class EncHead(BaseDecodeHead):
         encoded, feat = self.enc_module(feat)
         logits = self.cls_seg(feat)
         return (logits, self.se_layer(encoded)) if self.use_se_loss else logits
+
+
+class EMAModule(nn.Module):
+    """x [B, channels, H, W] reconstructed from bases that EM fits to it; without a gradient. In
+    training the bases move. Key: ``bases`` [1, channels, num_bases].
+    """
+
+    backend: str | None = None
+    bases: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        num_bases: int,
+        num_stages: int,
+        momentum: float,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            "mmseg.EMAModule", channels=channels, num_bases=num_bases, num_stages=num_stages
+        )
+        self.num_stages, self.momentum, self.backend = num_stages, momentum, backend
+        self.register_buffer("bases", unit_bases(channels, num_bases)[None])
+
+    def forward(self, feats: Tensor) -> Tensor:
+        return _reconstruct(self, feats)
+
+    def extra_repr(self) -> str:
+        return f"num_stages={self.num_stages}, momentum={self.momentum}, backend={self.backend!r}"
+
+
+class EMAHead(BaseDecodeHead):
+    """``ema_in_conv``, ``ema_mid_conv`` (which is not trained), ``ema_module``, ``ema_out_conv``,
+    ``bottleneck``, ``conv_cat`` with the input where ``concat_input``, ``conv_seg``.
+
+    The middle convolution is folded into the bases and does not run.
+    """
+
+    def __init__(
+        self,
+        ema_channels: int,
+        num_bases: int,
+        num_stages: int,
+        concat_input: bool = True,
+        momentum: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.ema_channels, self.num_bases, self.num_stages = ema_channels, num_bases, num_stages
+        self.concat_input, self.momentum = concat_input, momentum
+        self.ema_module = EMAModule(
+            ema_channels, num_bases, num_stages, momentum, backend=self.backend
+        )
+        self.ema_in_conv = self._conv(self.in_channels, ema_channels, 3)
+        bare: dict[str, Any] = {"act_cfg": None, "backend": self.backend}
+        bare |= {"conv_cfg": self.conv_cfg}
+        self.ema_mid_conv = ConvModule(ema_channels, ema_channels, 1, norm_cfg=None, **bare)
+        self.ema_mid_conv.requires_grad_(False)
+        self.ema_out_conv = ConvModule(
+            ema_channels, ema_channels, 1, norm_cfg=self.norm_cfg, **bare
+        )
+        self.bottleneck = self._conv(ema_channels, self.channels, 3)
+        if concat_input:
+            self.conv_cat = self._conv(self.in_channels + self.channels, self.channels, 3)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        x = self._transform_inputs(inputs)
+        feats = self.ema_in_conv(x)
+        if _is_ours(self.ema_module):
+            reconstruction = _reconstruct(self.ema_module, feats, self.ema_mid_conv)
+        else:
+            reconstruction = self.ema_module(self.ema_mid_conv(feats))
+        y = (feats + self.ema_out_conv(reconstruction.relu_())).relu_()
+        y = self.bottleneck(y)
+        if self.concat_input:
+            y = self.conv_cat(torch.cat([x, y], 1))
+        return self.cls_seg(y)
+
+
+def _reconstruct(module: Any, x: Tensor, before: nn.Module | None = None) -> Tensor:
+    """The reconstruction of before(x) by an EMAModule."""
+    if before is not None:
+        stages, _ = leaves([before])
+        before = stages[0] if len(stages) == 1 and isinstance(stages[0], nn.Module) else before
+    y, _ = attend(
+        x,
+        module,
+        module.bases,
+        before,
+        iterations=module.num_stages,
+        momentum=module.momentum,
+        renormalise=True,
+        norm="clamp",
+        backend=module.backend,
+    )
+    return y
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a call of the module is a call of :class:`EMAModule`'s forward, and nothing else."""
+    forward = getattr(module.forward, "func", None) or getattr(module.forward, "__func__", None)
+    return forward is EMAModule.forward and not has_hooks(module)
 
 
 def _along_a_line(norm_cfg: Config) -> Config:

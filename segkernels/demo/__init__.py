@@ -1,9 +1,10 @@
 """`python -m segkernels demo`: train a small network on generated scenes, check it, time it.
 
 The stages, in order: what runs here and why; training of a small DeepLabv3+ whose atrous separable
-convolutions are ours (mIoU before and after); our results against plain PyTorch's; time and memory;
-the report. The exit status is 0 only if the network learned enough and every result is as right as
-rounding allows.
+convolutions are ours (mIoU before and after); the same with EM attention, without and with the
+gradient of its iterations; our results against plain PyTorch's; time and memory; the report. The
+exit status is 0 only if the networks learned enough and every result is as right as rounding
+allows.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ class Plan:
     tests: int
     recipe: Recipe
     floor: float
+    attention_steps: int  # of each network with EM attention
 
 
-FULL = Plan(1024, 128, Recipe(steps=800, learning_rate=0.2), floor=0.80)
-QUICK = Plan(128, 32, Recipe(steps=60, learning_rate=0.2), floor=0.30)
+FULL = Plan(1024, 128, Recipe(steps=800, learning_rate=0.2), floor=0.80, attention_steps=120)
+QUICK = Plan(128, 32, Recipe(steps=60, learning_rate=0.2), floor=0.30, attention_steps=20)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,7 +108,9 @@ def _run(options: argparse.Namespace, found: report.Report) -> int:
     )  # said below, with the reason
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _environment(found, device, options.backend)
-    model = _train(found, options, device)
+    lesson = _lesson(options)
+    model = _train(found, lesson, options, device)
+    _attention(found, lesson, options, device)
     _checks(found, options, device, model)
     _times(found, options, device)
     _pictures(found, options, model, picture)
@@ -146,23 +150,39 @@ def _environment(found: report.Report, device: str, backend: str | None) -> None
     found.stages.append("environment")
 
 
-def _train(found: report.Report, options: argparse.Namespace, device: str) -> torch.nn.Module:
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned from what, and the scenes held out."""
+
+    plan: Plan
+    recipe: Recipe
+    data: TensorDataset
+    held_out: scenes.Scenes
+
+    def score(self, model: torch.nn.Module) -> Scores:
+        images = network.normalise(self.held_out.images)
+        return scores(evaluate(model, images, self.held_out.labels, len(scenes.CLASSES)))
+
+
+def _lesson(options: argparse.Namespace) -> Lesson:
     plan = QUICK if options.quick else FULL
-    recipe = dataclasses.replace(plan.recipe, seed=options.seed)
     drawn = scenes.draw(range(plan.scenes), SIZE, seed=2 * options.seed)
     held_out = scenes.draw(range(plan.tests), SIZE, seed=2 * options.seed + 1)
     data = TensorDataset(network.normalise(drawn.images), drawn.labels)
-    images = network.normalise(held_out.images)
+    return Lesson(plan, dataclasses.replace(plan.recipe, seed=options.seed), data, held_out)
+
+
+def _train(
+    found: report.Report, lesson: Lesson, options: argparse.Namespace, device: str
+) -> torch.nn.Module:
+    plan, recipe = lesson.plan, lesson.recipe
     model = network.build(options.seed, options.backend).to(device)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     what = f"{plan.scenes} scenes of {SIZE}x{SIZE}, {len(scenes.CLASSES)} classes"
     print(f"DeepLabv3+ with graphs, {size:.2f} M parameters; {what}")
 
-    def measured() -> Scores:
-        return scores(evaluate(model, images, held_out.labels, len(scenes.CLASSES)))
-
-    found.before = measured()
-    found.ceiling = scores(scenes.ceiling(held_out))
+    found.before = lesson.score(model)
+    found.ceiling = scores(scenes.ceiling(lesson.held_out))
     found.floor = plan.floor * found.ceiling.mean_iou
     started = time.monotonic()
     with Progress("training", recipe.steps) as progress:
@@ -171,9 +191,9 @@ def _train(found: report.Report, options: argparse.Namespace, device: str) -> to
             progress.advance(note=f"loss {loss:.3f}")
             found.training = f"{step + 1} of {recipe.steps} training steps (loss {loss:.3f})"
 
-        found.losses = train(model, data, recipe, advance)
+        found.losses = train(model, lesson.data, recipe, advance)
     found.training_seconds = time.monotonic() - started
-    found.after = measured()
+    found.after = lesson.score(model)
     print(
         f"mIoU {found.before.mean_iou:.3f} before, {found.after.mean_iou:.3f} after "
         f"{recipe.steps} steps ({found.training_seconds:.0f} s); "
@@ -181,6 +201,26 @@ def _train(found: report.Report, options: argparse.Namespace, device: str) -> to
     )
     found.stages.append("training")
     return model
+
+
+def _attention(
+    found: report.Report, lesson: Lesson, options: argparse.Namespace, device: str
+) -> None:
+    """The same network with EM attention in the graphs' place, as published and with the gradient
+    of all iterations: equal weights at first, equal batches."""
+    recipe = dataclasses.replace(lesson.recipe, steps=lesson.plan.attention_steps)
+    found.attention_steps = recipe.steps
+    with Progress("attention", len(report.COMPARED) * recipe.steps) as progress:
+        for gradient in report.COMPARED:
+            model = network.build(options.seed, options.backend, gradient).to(device)
+
+            def advance(step: int, loss: float, gradient: str = gradient) -> None:
+                progress.advance(note=f"{gradient}: loss {loss:.3f}")
+
+            train(model, lesson.data, recipe, advance)
+            found.attention[gradient] = lesson.score(model).mean_iou
+    print(found.attention_line())
+    found.stages.append("EM attention")
 
 
 def _checks(

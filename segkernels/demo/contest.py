@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkernels.nn import GCU, DepthwiseConv2d, Encoding, SeparableConv2d
+from segkernels.nn import EMAU, GCU, DepthwiseConv2d, Encoding, SeparableConv2d
 from segkernels.timing import interleave, memory_of
 from segkernels.tolerance import verdict
 
@@ -66,8 +66,9 @@ class Times:
 
 
 def contests(device: str, backend: str | None, small: bool) -> list[Contest]:
-    """Depthwise and separable 3x3 at rate 12, graph convolution and encoding with 32 nodes, on the
-    map of a DeepLab head or on a small one."""
+    """Depthwise and separable 3x3 at rate 12; graph convolution, encoding and EM attention (with
+    the gradient of all its iterations) with 32 nodes; on the map of a DeepLab head or on a small
+    one."""
     channels, side = (64, 33) if small else (256, 65)
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
@@ -76,6 +77,7 @@ def contests(device: str, backend: str | None, small: bool) -> list[Contest]:
         (f"separable 3x3 rate {RATE}", _separable),
         (f"GCU, {NODES} nodes", _gcu),
         (f"Encoding, {NODES} codewords", _encoding),
+        (f"EMAU, {NODES} bases", _emau),
     ):
         ours, plain = (m.to(device) for m in build(channels, backend))
         plain.load_state_dict(ours.state_dict())
@@ -119,6 +121,11 @@ def _encoding(channels: int, backend: str | None) -> tuple[nn.Module, nn.Module]
     return ours, PlainEncoding(ours)
 
 
+def _emau(channels: int, backend: str | None) -> tuple[nn.Module, nn.Module]:
+    ours = EMAU(channels, NODES, gradient="full", backend=backend)
+    return ours, PlainEMAU(ours)
+
+
 class PlainProjection(nn.Module):
     """Of a GCU, with the square multiplied out."""
 
@@ -156,6 +163,32 @@ class PlainEncoding(nn.Module):
         return q.mT @ t - q.sum(1)[..., None] * c
 
 
+class PlainEMAU(nn.Module):
+    """Of EMANet, differentiated by PyTorch, with one division by both lengths for every base."""
+
+    def __init__(self, like: EMAU) -> None:
+        super().__init__()
+        self.iterations = like.iterations
+        self.project, self.restore, self.norm = map(
+            copy.deepcopy, (like.project, like.restore, like.norm)
+        )
+        self.running = copy.deepcopy(like.running)
+        self.rectify, self.activate = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.project(x).flatten(2).mT  # [B, N, C]
+        mu = self.running.bases.T.clone().expand(len(x), -1, -1)  # [B, K, C]
+        for _ in range(self.iterations):
+            z = (t @ mu.mT).softmax(2)  # [B, N, K]
+            a = z.mT @ t
+            mu = a / (a.norm(dim=2) + 1e-6 * (1e-6 + z.sum(1)))[..., None]
+        if self.training:
+            with torch.no_grad():
+                self.running.bases.lerp_(mu.mean(0).T, self.running.momentum)
+        y = (z @ mu).mT.unflatten(2, x.shape[2:])
+        return self.activate(self.norm(self.restore(self.rectify(y))) + x)
+
+
 def check(contest: Contest) -> Check:
     """Ours and plain PyTorch in float32, result and gradients, against plain PyTorch in float64.
 
@@ -165,7 +198,7 @@ def check(contest: Contest) -> Check:
     """
     twin = copy.deepcopy(contest.plain).double()
     x = next(x for x in _inputs(contest.x) if _clearance(twin, x) > CLEAR)
-    cotangent = torch.randn_like(contest.plain(x))
+    cotangent = torch.randn_like(contest.plain.eval()(x))  # in training its bases would move
     results = [_results(m, x, cotangent) for m in (contest.ours, contest.plain)]
     truth = _results(twin, x.double(), cotangent.double())
     pixels = x.numel() // x.shape[1]
@@ -190,15 +223,12 @@ def _inputs(like: Tensor) -> Iterator[Tensor]:
 def _clearance(twin: nn.Module, x: Tensor) -> float:
     """The smallest magnitude that enters a ReLU; infinite where there is none."""
     seen = [torch.tensor(torch.inf)]
-    hooks = [
-        part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().min()))
-        for part in twin.modules()
-        if isinstance(part, nn.ReLU)
-    ]
+    twin = copy.deepcopy(twin)  # whose state moves in training
+    for part in twin.modules():
+        if isinstance(part, nn.ReLU):
+            part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().min()))
     with torch.no_grad():
         twin.train()(x.double())
-    for hook in hooks:
-        hook.remove()
     return float(torch.stack([s.cpu().double() for s in seen]).min())
 
 

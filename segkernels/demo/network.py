@@ -1,5 +1,5 @@
 """The demo's network, small enough for two cores and forty seconds: a DeepLabv3+ whose ASPP sees
-the deep features together with what two graphs over them say.
+the deep features together with what two graphs over them say, or after EM attention.
 """
 
 from __future__ import annotations
@@ -11,33 +11,40 @@ from segkernels.data.scenes import CLASSES
 from segkernels.demo.contest import Check
 from segkernels.networks import Segmenter
 from segkernels.networks.backbones import build_backbone
-from segkernels.nn import GCU, DeepLabV3PlusHead
+from segkernels.nn import EMAU, GCU, DeepLabV3PlusHead
+from segkernels.ops.em_attention import Gradient
 from segkernels.tolerance import verdict
 
 LONGEST_SUM = 9 * 128  # of the convolutions of the last stage: 3x3 over 128 channels
 
 
 class Head(nn.Module):
-    """Graphs over the deep features, then the decoder of DeepLabv3+."""
+    """A context module over the deep features, then the decoder of DeepLabv3+."""
 
-    def __init__(self, gcu: GCU, decode: DeepLabV3PlusHead) -> None:
+    def __init__(self, context: nn.Module, decode: DeepLabV3PlusHead) -> None:
         super().__init__()
-        self.gcu = gcu
+        self.context = context
         self.decode = decode
 
     def forward(self, low_level: Tensor, deep: Tensor) -> Tensor:
-        logits: Tensor = self.decode(low_level, self.gcu(deep))
+        logits: Tensor = self.decode(low_level, self.context(deep))
         return logits
 
 
-def build(seed: int, backend: str | None) -> nn.Module:
-    """Images [B, 3, H, W] to logits [B, K, H, W]; the ASPP's rates fit the 4x4 map of a scene."""
+def build(seed: int, backend: str | None, attention: Gradient | None = None) -> nn.Module:
+    """Images [B, 3, H, W] to logits [B, K, H, W]; the ASPP's rates fit the 4x4 map of a scene.
+
+    attention: an EM attention unit with this gradient in the place of the graphs.
+    """
     torch.manual_seed(seed)
     trunk = build_backbone("resnet18", output_stride=16, width=16, backend=backend)
     low_level, *_, deep = trunk.channels
-    gcu = GCU(deep, 32, nodes=(2, 4), norm=nn.BatchNorm2d, backend=backend)
+    if attention is None:
+        context: nn.Module = GCU(deep, 32, nodes=(2, 4), norm=nn.BatchNorm2d, backend=backend)
+    else:
+        context = EMAU(deep, len(CLASSES), gradient=attention, backend=backend)
     decode = DeepLabV3PlusHead(
-        gcu.out_channels,
+        context.out_channels if isinstance(context, GCU) else deep,
         low_level,
         len(CLASSES),
         channels=64,
@@ -46,7 +53,7 @@ def build(seed: int, backend: str | None) -> nn.Module:
         dropout=0.1,
         backend=backend,
     )
-    model = Segmenter(trunk, Head(gcu, decode))
+    model = Segmenter(trunk, Head(context, decode))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 

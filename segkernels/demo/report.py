@@ -19,9 +19,11 @@ from segkernels._version import __version__
 from segkernels.data.scenes import CLASSES
 from segkernels.demo.contest import FUSED, Check, Times
 from segkernels.metrics import Scores
+from segkernels.ops.em_attention import Gradient
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
 
+COMPARED: tuple[Gradient, ...] = ("none", "full")  # gradients of EM attention
 CHECKS = "Fused against plain PyTorch in float32: error from float64, relative to the largest value"
 TIMES = (
     "Milliseconds per call / peak memory in MB. eager is NCHW; fused and compiled are channels_last"
@@ -43,6 +45,8 @@ class Report:
     floor: float = 0.0  # mIoU that must be reached
     losses: list[float] = field(default_factory=list)
     training_seconds: float = 0.0
+    attention_steps: int = 0
+    attention: dict[str, float] = field(default_factory=dict)  # gradient -> mIoU
     checks: list[Check] = field(default_factory=list)
     times: list[Times] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -57,12 +61,25 @@ class Report:
         partial = [] if "training" in self.stages or not self.training else [self.training]
         return ", ".join([*self.stages, *partial]) or "nothing"
 
+    def attention_line(self) -> str:
+        """What EM attention came to, in one sentence."""
+        results = ", ".join(f"{iou:.3f} with gradient '{g}'" for g, iou in self.attention.items())
+        return (
+            f"EM attention in the graphs' place: mIoU {results}; {self.attention_steps} steps each,"
+            " equal weights at first, equal batches"
+        )
+
     def failures(self) -> list[str]:
         """What did not hold, one line each."""
         assert self.after is not None
         lines = []
         if not self.after.mean_iou >= self.floor:
             lines.append(f"mIoU {self.after.mean_iou:.3f} is below {self.floor:.3f}")
+        lines += [
+            f"EM attention with gradient '{gradient}' learned nothing: mIoU {iou:.3f}"
+            for gradient, iou in self.attention.items()
+            if not (self.before is not None and iou > self.before.mean_iou)
+        ]
         lines += [
             f"{check.name}: an error is larger than allowed"
             for check in self.checks
@@ -94,6 +111,10 @@ class Report:
                 "after": _scores(self.after),
                 "ceiling": _scores(self.ceiling),
             },
+            "em_attention": {
+                "steps": self.attention_steps,
+                "mean_iou": {gradient: _number(iou) for gradient, iou in self.attention.items()},
+            },
             "checks": [asdict(check) | {"holds": check.holds} for check in self.checks],
             "times": [asdict(row) for row in self.times],
         }
@@ -116,6 +137,7 @@ class Report:
             _markdown(("", "before", "after", "ceiling"), scored),
             f"Needed: mIoU {self.floor:.3f}. The ceiling is the score of an oracle that knows all "
             "but what the picture hides.",
+            self.attention_line() + ".",
             *(f"![{name}]({name})" for name in self.files if name.endswith(".png")),
             f"## {CHECKS}",
             _markdown(*check_table(self.checks)),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from segkernels.networks.deeplabv3plus import deeplabv3plus
+from segkernels.networks.emanet import emanet
 from segkernels.networks.encnet import encnet
 from segkernels.networks.gcunet import gcunet
 from segkernels.networks.segmenter import Logits as Logits
@@ -14,6 +15,7 @@ from segkernels.networks.segmenter import Weighted as Weighted
 
 NETWORKS: dict[str, Callable[..., Segmenter]] = {
     "deeplabv3plus": deeplabv3plus,
+    "emanet": emanet,
     "encnet": encnet,
     "gcunet": gcunet,
 }

@@ -3,6 +3,7 @@
 from segkernels.nn.aspp import ASPP as ASPP
 from segkernels.nn.deeplabv3plus_head import DeepLabV3PlusHead as DeepLabV3PlusHead
 from segkernels.nn.depthwise_conv2d import DepthwiseConv2d as DepthwiseConv2d
+from segkernels.nn.emau import EMAU as EMAU
 from segkernels.nn.enc_module import EncModule as EncModule
 from segkernels.nn.enc_module import semantic_encoding_loss as semantic_encoding_loss
 from segkernels.nn.encoding import Encoding as Encoding

@@ -248,12 +248,16 @@ def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks, or a forward that somebody
     else rebound.
     """
+    rebound = "forward" in module.__dict__ and "layers_in_order" not in module.__dict__
+    return rebound or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and "layers_in_order" not in module.__dict__)
     )
 
 

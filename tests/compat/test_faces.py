@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkernels.compat import encoding, jfzhang, mgl, mmcv, mmseg, smp, torchvision, vainf
+from segkernels.compat import emanet, encoding, jfzhang, mgl, mmcv, mmseg, smp, torchvision, vainf
 from segkernels.compat.deeplab_pytorch import deeplabv2, deeplabv3
 from segkernels.nn import chain
 
@@ -92,6 +92,12 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         r"input_transform is None or 'resize_concat'.*\n.*'multiple_select'",
     ),
     "mgl loops": (lambda: mgl.CascadeGCNet(4, 4), ValueError, r"loop is 1, 2 or 3\n.*4"),
+    "emanet bases": (lambda: emanet.EMAU(4, 0), ValueError, "EMAU: k must be a positive int"),
+    "mmseg bases": (
+        lambda: mmseg.EMAModule(4, 3, 0, 0.1),
+        ValueError,
+        "EMAModule: num_stages must be a positive int",
+    ),
     "encoding codes": (lambda: encoding.Encoding(4, 0), ValueError, "codes must be a positive int"),
     "mmcv depthwise norm": (
         lambda: mmcv.DepthwiseSeparableConvModule(4, 4, 3, dw_norm_cfg="BN"),

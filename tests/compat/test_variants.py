@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from segkernels.compat import encoding, jfzhang, mgl, mmcv, mmseg, vainf
+from segkernels.compat import emanet, encoding, jfzhang, mgl, mmcv, mmseg, vainf
 from segkernels.compat.deeplab_pytorch import deeplabv2, deeplabv3
 from segkernels.compat.mmcv import ConvModule, DepthwiseSeparableConvModule
 
@@ -196,6 +197,76 @@ def test_mmseg_enc_head_in_parts() -> None:
     torch.testing.assert_close(head(inputs), head.conv_seg(weighted))
     with pytest.raises(ValueError, match="input_transform is 'multiple_select' for this head"):
         mmseg.BaseDecodeHead.__init__(head, **sizes)
+
+
+@pytest.mark.parametrize("concat_input", [True, False])
+def test_mmseg_ema_head_in_parts(concat_input: bool) -> None:
+    """Of several inputs; the middle convolution folded or, where somebody listens, run."""
+    torch.manual_seed(0)
+    head = mmseg.EMAHead(
+        ema_channels=8,
+        num_bases=3,
+        num_stages=2,
+        concat_input=concat_input,
+        in_channels=(3, 5),
+        in_index=(0, 2),
+        input_transform="resize_concat",
+        channels=4,
+        num_classes=6,
+        norm_cfg=BN,
+        dropout_ratio=0.0,
+        backend="reference",
+    )
+    head.double().eval()
+    inputs = [_map(2, 3, 9, 7), _map(2, 1, 1, 1), _map(2, 5, 5, 4)]
+    x = head._transform_inputs(inputs)
+    feats = head.ema_in_conv(x)
+    y = head.ema_module(head.ema_mid_conv(feats))
+    y = head.bottleneck((feats + head.ema_out_conv(y.relu())).relu())
+    expected = head.conv_seg(head.conv_cat(torch.cat([x, y], 1)) if concat_input else y)
+    torch.testing.assert_close(head(inputs), expected)
+    heard: list[str] = []
+    for part in (head.ema_mid_conv, head.ema_module):
+        handle = part.register_forward_hook(lambda m, *args: heard.append(type(m).__name__))
+        torch.testing.assert_close(head(inputs), expected)
+        handle.remove()
+    assert heard == ["ConvModule", "EMAModule"]
+    assert hasattr(head, "conv_cat") == concat_input
+    untrained = {name for name, p in head.named_parameters() if not p.requires_grad}
+    assert untrained == {"ema_mid_conv.conv.weight", "ema_mid_conv.conv.bias"}
+
+
+def test_emanet_norm_does_not_count() -> None:
+    torch.manual_seed(0)
+    unit = emanet.EMAU(6, 4, backend="reference").double()
+    conv, norm = unit.conv2
+    plain = nn.BatchNorm2d(6, momentum=3e-4).double()
+    x = _map(2, 6, 9, 7)
+    seen: list[Tensor] = []
+    conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    unit(x)
+    plain(seen[0])
+    assert norm.num_batches_tracked == 0 and plain.num_batches_tracked == 1
+    torch.testing.assert_close(norm.running_var, plain.running_var)
+    assert not torch.equal(norm.running_mean, torch.zeros(6).double())
+
+
+def test_emanet_bases_are_moved_by_the_script() -> None:
+    """In place, before the backward, as published; which changes no gradient, even repeated."""
+    torch.manual_seed(0)
+    unit = emanet.EMAU(6, 4, backend="reference").double()
+    gradients = []
+    for moved in (False, True):
+        x, before = _map(2, 6, 9, 7).requires_grad_(), unit.mu.clone()
+        y, mu = checkpoint(unit, x, use_reentrant=False)
+        assert torch.equal(unit.mu, before) and not mu.requires_grad
+        if moved:
+            unit.mu.mul_(0.1).add_(mu.mean(0, keepdim=True), alpha=0.9)
+        y.square().sum().backward()
+        gradients.append((x.grad, unit.conv2[0].weight.grad.clone()))
+        unit.zero_grad()
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_encoding_module_without_and_with_presence() -> None:

@@ -40,6 +40,10 @@ def scramble(module: nn.Module) -> None:
                     nn.init.uniform_(tensor, low, high)
 
 
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def agree(
     ours: nn.Module,
     theirs: nn.Module,
@@ -60,8 +64,8 @@ def agree(
         expected.backward(dy)
         close(got, expected, tolerance)
         close(a.grad, b.grad, tolerance)
-        floor = max(p.grad.abs().max().item() for p in theirs.parameters())
-        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        floor = max(p.grad.abs().max().item() for p in trained(theirs))
+        for p, q in zip(trained(ours), trained(theirs), strict=True):
             close(p.grad, q.grad, tolerance, floor)
             p.grad = q.grad = None
         for p, q in zip(ours.buffers(), theirs.buffers(), strict=True):

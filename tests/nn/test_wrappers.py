@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 import segkernels
 from segkernels import networks
 from segkernels.compat import jfzhang, mmcv
-from segkernels.nn import ASPP, DeepLabV3PlusHead, DepthwiseConv2d, SeparableConv2d
+from segkernels.nn import ASPP, EMAU, DeepLabV3PlusHead, DepthwiseConv2d, SeparableConv2d
 from tests.nn.composition import close, composed
 
 
@@ -32,6 +32,7 @@ LAYERS: dict[str, tuple[Any, list[tuple[int, ...]], set[str]]] = {
         [(2, 5, 17, 13), (2, 6, 5, 4)],
         {"pyramid", "run"},
     ),
+    "EMAU": (lambda: EMAU(6, 3, gradient="full"), [(2, 6, 9, 7)], {"attend"}),
     "a network": (
         lambda: networks.build(
             "deeplabv3plus", num_classes=3, backbone="resnet18", width=4, channels=8, dropout=0.0
@@ -57,7 +58,7 @@ def test_symbolic_trace_keeps_the_fused_calls(name: str) -> None:
     traced = fx.symbolic_trace(copy.deepcopy(layer))
     traced.graph.lint()
     named = {getattr(n.target, "__name__", "") for n in traced.graph.nodes}
-    assert named & {"run", "pyramid", "depthwise_conv2d"} == calls
+    assert named & {"run", "pyramid", "depthwise_conv2d", "attend"} == calls
     inputs = [image(*shape) for shape in shapes]
     for _ in range(2):  # a training step, then in eval with the statistics of that step
         got, expected = traced(*inputs), layer(*inputs)
