@@ -74,7 +74,6 @@ template <class T>
 struct Forward {
   using A = acc_t<T>;
   Sizes sizes;
-  Engine engine;
   PixelMap<const T> x;
   PixelMap<T> y;
   PixelMap<A> z;   // the assignment, where asked for
@@ -122,7 +121,6 @@ template <class T>
 struct Backward {
   using A = acc_t<T>;
   Sizes sizes;
-  Engine engine;
   PixelMap<const T> x, dy;
   PixelMap<const A> dz;
   PixelMap<T> dx;

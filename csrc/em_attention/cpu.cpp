@@ -14,13 +14,6 @@ using namespace em;
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// f() with the instruction set and the engine of a call: E and simd are known in the arguments.
-#define SEGKERNELS_BY_ENGINE(call, T, ...)                               \
-  SEGKERNELS_BY_ISA(simd::by_engine<T>((call).engine, [&](auto engine) { \
-    using E = decltype(engine);                                          \
-    __VA_ARGS__;                                                         \
-  }))
-
 template <class T>
 PixelMap<T> pixel_map(const Tensor& t) {
   if constexpr (std::is_const_v<T>)
@@ -89,16 +82,14 @@ struct Fitting {
 
   Fitting(const Tensor& x, const Tensor& mu, const Optional& w, const Optional& b) {
     call.sizes = sizes_of(x, mu, mu.size(2));
-    static const Engine engine = engine_of<T>();
-    call.engine = engine;
     call.x = pixel_map<const T>(x);
     call.w = w ? const_data<A>(*w) : nullptr;
     call.b = b ? const_data<A>(*b) : nullptr;
     const Sizes& s = call.sizes;
     const int64_t rows = s.B * s.columns();
     int64_t scores_bytes = 0, mixture_bytes = 0;
-    SEGKERNELS_BY_ENGINE(call, T, scores_bytes = E::right_bytes(s.C, s.columns());
-                         mixture_bytes = E::right_bytes(s.columns(), s.D))
+    SEGKERNELS_BY_ISA(scores_bytes = simd::Fma<A>::right_bytes(s.C, s.columns());
+                      mixture_bytes = simd::Fma<A>::right_bytes(s.columns(), s.D))
     call.scores = memory.tables(memory.take<A>(rows * row_step(s.C)), s.B, scores_bytes);
     call.mixture = memory.tables(memory.take<A>(rows * row_step(s.D)), s.B, mixture_bytes);
     call.heated = w ? memory.take<A>(rows * row_step(s.D)) : call.scores.rows;
@@ -125,16 +116,14 @@ struct Fitting {
         SEGKERNELS_BY_ISA(simd::convolve_bases(call, first, last))
       });
     parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T,
-                           for (int64_t i = first; i < last; ++i)
-                               simd::pack_summed<E>(s, s.C, call.scores.rows, i, call.scores[i]))
+      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
+                            simd::pack_summed(s, s.C, call.scores.rows, i, call.scores[i]))
     });
   }
   void expect() {
     const Sizes& s = call.sizes;
-    parallel_for(s.parts(), cost(s, 2), [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T, simd::expect<E>(call, first, last))
-    });
+    parallel_for(s.parts(), cost(s, 2),
+                 [&](int64_t first, int64_t last) { SEGKERNELS_BY_ISA(simd::expect(call, first, last)) });
   }
   void fit() {
     const Sizes& s = call.sizes;
@@ -154,12 +143,11 @@ struct Fitting {
                   call.mixture.rows + (image * s.columns() + k) * row_step(s.D));
     });
     parallel_for(s.B, s.columns() * s.D, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T,
-                           for (int64_t i = first; i < last; ++i)
-                               simd::pack_made<E>(s, s.D, call.mixture.rows, i, call.mixture[i]))
+      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
+                            simd::pack_made(s, s.D, call.mixture.rows, i, call.mixture[i]))
     });
     parallel_for(s.B * s.blocks(), 2 * kBlock * s.K * s.D, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T, simd::reconstruct<E>(call, first, last))
+      SEGKERNELS_BY_ISA(simd::reconstruct(call, first, last))
     });
   }
 };
@@ -235,14 +223,12 @@ struct Differentiating {
 
   Differentiating(const Tensor& x, const Tensor& m, int64_t depth) {
     call.sizes = sizes_of(x, m, m.size(2));
-    static const Engine engine = engine_of<T>();
-    call.engine = engine;
     call.depth = depth;
     call.steps = std::max<int64_t>(1, depth);
     const Sizes& s = call.sizes;
     int64_t summed = 0, made = 0;
-    SEGKERNELS_BY_ENGINE(call, T, summed = E::right_bytes(s.C, s.columns());
-                         made = E::right_bytes(s.columns(), s.C))
+    SEGKERNELS_BY_ISA(summed = simd::Fma<A>::right_bytes(s.C, s.columns());
+                      made = simd::Fma<A>::right_bytes(s.columns(), s.C))
     A* rows = memory.take<A>(s.B * s.columns() * row_step(s.C));
     call.given = memory.tables(rows, s.B, summed);
     call.scores = memory.tables(rows, s.B * call.steps, summed);
@@ -266,17 +252,15 @@ struct Differentiating {
   void pack_summed(const Table<A>& to, int64_t at = 0, int64_t per = 1) const {
     const Sizes& s = call.sizes;
     parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T,
-                           for (int64_t i = first; i < last; ++i)
-                               simd::pack_summed<E>(s, s.C, to.rows, i, to[i * per + at]))
+      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
+                            simd::pack_summed(s, s.C, to.rows, i, to[i * per + at]))
     });
   }
   void pack_made(const Table<A>& to, int64_t at) const {
     const Sizes& s = call.sizes;
     parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T,
-                           for (int64_t i = first; i < last; ++i)
-                               simd::pack_made<E>(s, s.C, to.rows, i, to[call.at(i, at)]))
+      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
+                            simd::pack_made(s, s.C, to.rows, i, to[call.at(i, at)]))
     });
   }
 
@@ -291,7 +275,7 @@ struct Differentiating {
     rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::last_row(call, image, k)) });
     pack_summed(call.given);
     parallel_for(s.parts(), cost(s, 3), [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ENGINE(call, T, simd::sweep_reconstruction<E>(call, first, last))
+      SEGKERNELS_BY_ISA(simd::sweep_reconstruction(call, first, last))
     });
     if (depth > 0 || call.want_bases)
       rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::fitted_row(call, image, k)) });
@@ -300,7 +284,7 @@ struct Differentiating {
       pack_summed(call.given);
       pack_made(call.through_z, step);
       parallel_for(s.parts(), cost(s, 3), [&](int64_t first, int64_t last) {
-        SEGKERNELS_BY_ENGINE(call, T, simd::sweep_iteration<E>(call, step, first, last))
+        SEGKERNELS_BY_ISA(simd::sweep_iteration(call, step, first, last))
       });
       if (step > 0)
         rows([&](int64_t image, int64_t k) {

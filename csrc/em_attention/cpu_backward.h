@@ -6,14 +6,14 @@ namespace {
 namespace SEGKERNELS_ISA {
 
 // A thread's block on its way through a sweep.
-template <class E, class T>
+template <class T>
 struct Sweep {
   using A = acc_t<T>;
   const Backward<T>& call;
   const Sizes& s;
   const int64_t columns, size;  // of a z, of the sums of a part
   Scratch memory;
-  Block<E, T> b;
+  Block<T> b;
   Rows<A> dl;
 
   explicit Sweep(const Backward<T>& of)
@@ -21,7 +21,7 @@ struct Sweep {
         s(of.sizes),
         columns(s.columns()),
         size(s.sum_size()),
-        memory(Block<E, T>::bytes(s) + kBlock * s.step() * int64_t(sizeof(A)) + 64),
+        memory(Block<T>::bytes(s) + kBlock * s.step() * int64_t(sizeof(A)) + 64),
         b(s, memory),
         dl{memory.take<A>(kBlock * s.step()), s.step()} {}
 
@@ -128,14 +128,14 @@ struct Sweep {
   }
 };
 
-template <class E, class T>
+template <class T>
 void sweep_reconstruction(const Backward<T>& call, int64_t first, int64_t last) {
-  const Sweep<E, T> sweep(call);
+  const Sweep<T> sweep(call);
   for (int64_t part = first; part < last; ++part) sweep.reconstruction(part);
 }
-template <class E, class T>
+template <class T>
 void sweep_iteration(const Backward<T>& call, int64_t step, int64_t first, int64_t last) {
-  const Sweep<E, T> sweep(call);
+  const Sweep<T> sweep(call);
   for (int64_t part = first; part < last; ++part) sweep.iteration(part, step);
 }
 

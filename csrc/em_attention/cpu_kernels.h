@@ -85,28 +85,20 @@ void add_rows(int64_t pixels, int64_t columns, Rows<const A> rows, A* total) {
 
 // -- products of a block ------------------------------------------------------------------------------
 
-// A thread's memory, and products with it; T: of the maps, E: what multiplies.
-template <class E, class T>
+// A thread's memory, and products with it; T: of the maps. 16-bit maps are multiplied in float32: what
+// operands rounded to bfloat16 would lose grows from iteration to iteration.
+template <class T>
 struct Block {
   using A = acc_t<T>;
   const Sizes& s;
-  char *left, *right;
   Rows<A> x, scores, z, out;
-  [[maybe_unused]] typename E::Session session;
 
   static int64_t widest(const Sizes& s) { return std::max(s.C, s.D); }
-  static int64_t left_bytes(const Sizes& s) {
-    return std::max(
-        {E::left_bytes(kBlock, widest(s)), E::left_bytes(kBlock, s.columns()), E::left_bytes(s.K, kBlock)});
-  }
   static int64_t bytes(const Sizes& s) {
-    return left_bytes(s) + E::right_bytes(kBlock, widest(s)) + 512 +
-           kBlock * 2 * (row_step(widest(s)) + s.step()) * int64_t(sizeof(A));
+    return kBlock * 2 * (row_step(widest(s)) + s.step()) * int64_t(sizeof(A)) + 256;
   }
   Block(const Sizes& sizes, Scratch& memory)
       : s(sizes),
-        left(memory.take<char>(left_bytes(s))),
-        right(memory.take<char>(E::right_bytes(kBlock, widest(s)))),
         x{memory.take<A>(kBlock * row_step(widest(s))), row_step(widest(s))},
         scores{memory.take<A>(kBlock * s.step()), s.step()},
         z{memory.take<A>(kBlock * s.step()), s.step()},
@@ -123,13 +115,14 @@ struct Block {
   // result[t][·] (+)= rows[t][·] · table, n of them, k summed
   void multiply(int64_t pixels, int64_t n, int64_t k, Rows<A> rows, const char* table, Rows<A> result,
                 bool add = false) const {
-    E::multiply(pixels, n, k, E::left({rows.p, rows.step, 1}, pixels, k, left), E::right_at(table, k),
-                result.p, result.step, add);
+    Fma<A>::multiply(pixels, n, k, {rows.p, rows.step, 1}, Fma<A>::right_at(table, k), result.p, result.step,
+                     add);
   }
   // sums[k][c] += Σ_t q[t][k] rows[t][c]
   void sum(int64_t pixels, Rows<A> q, Rows<A> rows, int64_t channels, A* sums) const {
-    E::multiply(s.K, channels, pixels, E::left({q.p, 1, q.step}, s.K, pixels, left),
-                E::right({rows.p, rows.step, 1}, pixels, channels, right), sums, row_step(channels), true);
+    const View<A> right{rows.p, rows.step, 1};
+    Fma<A>::multiply(s.K, channels, pixels, {q.p, 1, q.step}, Fma<A>::right(right, pixels, channels, nullptr),
+                     sums, row_step(channels), true);
   }
   // Where a block of a map is made: in the map itself where that has room for all that products write.
   template <class S>
@@ -155,12 +148,12 @@ Rows<acc_t<T>> rows_of(const Forward<T>& call, int64_t image, int64_t block) {
 }
 
 // z, the masses and sums of the parts [first, last).
-template <class E, class T>
+template <class T>
 void expect(const Forward<T>& call, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const Sizes& s = call.sizes;
-  Scratch memory(Block<E, T>::bytes(s));
-  const Block<E, T> b(s, memory);
+  Scratch memory(Block<T>::bytes(s));
+  const Block<T> b(s, memory);
   const int64_t columns = s.columns(), size = s.sum_size();
   for (int64_t part = first; part < last; ++part) {
     const int64_t image = part / s.splits;
@@ -183,12 +176,12 @@ void expect(const Forward<T>& call, int64_t first, int64_t last) {
 }
 
 // y of the blocks [first, last).
-template <class E, class T>
+template <class T>
 void reconstruct(const Forward<T>& call, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const Sizes& s = call.sizes;
-  Scratch memory(Block<E, T>::bytes(s));
-  const Block<E, T> b(s, memory);
+  Scratch memory(Block<T>::bytes(s));
+  const Block<T> b(s, memory);
   for (int64_t i = first; i < last; ++i) {
     const int64_t image = i / s.blocks(), block = i % s.blocks();
     const Rows<A> y = b.target(call.y, image, block);
@@ -275,15 +268,15 @@ void convolve_bases(const Forward<T>& call, int64_t first, int64_t last) {
 // -- tables -------------------------------------------------------------------------------------------
 
 // An image's rows of a table packed as table `to`.
-template <class E, class A>
+template <class A>
 void pack_summed(const Sizes& s, int64_t channels, const A* rows, int64_t image, char* to) {
   const int64_t step = row_step(channels);
-  E::packed({rows + image * s.columns() * step, 1, step}, channels, s.columns(), to);
+  Fma<A>::packed({rows + image * s.columns() * step, 1, step}, channels, s.columns(), to);
 }
-template <class E, class A>
+template <class A>
 void pack_made(const Sizes& s, int64_t channels, const A* rows, int64_t image, char* to) {
   const int64_t step = row_step(channels);
-  E::packed({rows + image * s.columns() * step, step, 1}, s.columns(), channels, to);
+  Fma<A>::packed({rows + image * s.columns() * step, step, 1}, s.columns(), channels, to);
 }
 
 }  // namespace SEGKERNELS_ISA
