@@ -27,6 +27,10 @@ class Logits(NamedTuple):
     r: torch.Tensor | None  # [K, C]; or [K], and the square is ‖x̃‖²
     b: torch.Tensor | None  # [shares, K]; or [B, E, K]
 
+    @property
+    def isotropic(self) -> bool:
+        return self.r is not None and self.r.dim() == 1
+
 
 @triton.jit
 def assignment_softmax_kernel(
@@ -262,7 +266,7 @@ def assign(
                 b.stride()[:2] if own and b is not None else (0, 0),
             ),
             *(strides, layouts.map_strides(q)),
-            ISOTROPIC=r is not None and r.dim() == 1,
+            ISOTROPIC=logits.isotropic,
             **how(x, strides),
             **tile,
         )
@@ -310,7 +314,7 @@ def features_backward(
         assignment_features_backward_kernel[grid](
             *(x, q, dl, logits.centre, logits.p, logits.r, h, dx),
             *(K, C, N, *strides),
-            ISOTROPIC=logits.r.dim() == 1,
+            ISOTROPIC=logits.isotropic,
             **how(x, strides[0], strides[3]),
             BLOCK_N=block_n,
             BLOCK_C=block_c,

@@ -22,15 +22,18 @@ LEAST = tl.constexpr(1e-12)  # of the clamped one
 
 @triton.jit
 def divisor(s, r, CLAMP: tl.constexpr):
-    """d, ∂d/∂s and ∂d/∂r of the M-step."""
+    """d of the M-step, ∂d/∂s, and 1 − (r/d)·∂d/∂r, as what it is: of a difference nothing is left.
+    A NaN of r stays one.
+    """
     if CLAMP:
         least = tl.full(s.shape, LEAST, s.dtype)
         floor = least * tl.where(s < least, least, s)
         short = r < floor
         by_s = tl.where(short & (s >= least), least, 0.0)
-        return tl.where(short, floor, r), by_s, tl.where(short, 0.0, 1.0)  # a NaN stays one
+        return tl.where(short, floor, r), by_s, tl.where(short, 1.0, 0.0)
     else:
-        return r + EPSILON * (EPSILON + s), tl.full(s.shape, EPSILON, s.dtype), 1.0
+        rest = EPSILON * (EPSILON + s)
+        return r + rest, tl.full(s.shape, EPSILON, s.dtype), rest / (r + rest)
 
 
 @triton.jit
@@ -111,11 +114,14 @@ def em_attention_bases_backward_kernel(
     if dmu is not None:
         tl.store(dmu + row * D + c, slope, mask=live)
     if s is not None:
-        length = tl.load(r + sample * stride_s + k)
-        d, by_s, by_r = divisor(tl.load(s + sample * stride_s + k), length, CLAMP)
-        along = tl.sum(base * slope, axis=0)
+        at = sample * stride_s + k
+        d, by_s, rest = divisor(tl.load(s + at), tl.load(r + at), CLAMP)
+        length = tl.sqrt(tl.sum(base * base, axis=0))
         direction = tl.where(length == 0, 0.0, base / length)
-        tl.store(da + sample * stride_da + k * D + c, slope / d - along * by_r * direction, live)
+        radial = tl.sum(direction * slope, axis=0) * direction
+        acc = ((slope - radial) + rest * radial) / d
+        tl.store(da + sample * stride_da + k * D + c, acc, mask=live)
+        along = tl.sum(base * slope, axis=0)
         tl.store(ds + row + tl.arange(0, 1), -along * by_s / d)
 
 
