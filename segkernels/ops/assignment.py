@@ -148,20 +148,20 @@ def assignment_slopes_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dl = q·(g − Σ q·g) with g = dq + ⟨h, x̃⟩ + t + ⟨z, dy⟩."""
+    """dl = q·(g − Σ q·g) with g = dq + ⟨z, dy⟩ + ⟨h, x̃⟩ + t."""
     C = aligned(C, ALIGN)
     _, sample, _, start = tiles.this_tile(N, 1, BLOCK_N)
     n = (start + tl.arange(0, BLOCK_N))[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
     live = (n < N) & (k < K)
     g = tl.zeros((BLOCK_N, BLOCK_K), ACC)
+    if dy is not None:
+        z += sample * K * C
+        g = projected(g, dy, None, z, strides_dy, sample, n, k, K, C, N, SPLIT, ALIGN, BLOCK_C)
     if h is not None:
         h += sample * stride_h
         g = projected(g, x, centre, h, strides_x, sample, n, k, K, C, N, SPLIT, ALIGN, BLOCK_C)
         g += tl.load(t + sample * K + k, mask=k < K, other=0.0)
-    if dy is not None:
-        z += sample * K * C
-        g = projected(g, dy, None, z, strides_dy, sample, n, k, K, C, N, SPLIT, ALIGN, BLOCK_C)
     if dq is not None:
         g += tl.load(dq + tiles.at_pixels(strides_dq, sample, k, n, 1), mask=live, other=0.0)
     weights = tl.load(q + tiles.at_pixels(strides_q, sample, k, n, 1), mask=live, other=0.0)
