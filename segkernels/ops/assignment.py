@@ -297,6 +297,7 @@ def slopes(
             *(0 if h is None else h.stride(0), *strides, layouts.map_strides(dl)),
             **how(x, strides[0], strides[3]),
             **tile,
+            num_stages=2,  # with more there are more addresses than registers
         )
     return dl
 

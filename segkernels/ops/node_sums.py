@@ -185,11 +185,14 @@ def sums_tile(x: torch.Tensor, nodes: int) -> dict[str, int]:
     block_n = (64 if last else 32) if x.element_size() == 2 else 16
     if layouts.INTERPRETED:  # no registers to run out of, and every operation counts
         block_n = 64
+    block_k = layouts.fit(nodes, most)
+    if x.dtype == torch.float16 and block_k > 32 and not layouts.INTERPRETED:  # two halves of each
+        block_n = 32
     return {
         "BLOCK_N": layouts.fit(x.size(2) * x.size(3), block_n),
         "BLOCK_C": layouts.fit(x.size(1), most),
-        "BLOCK_K": layouts.fit(nodes, most),
-        "num_warps": 4,
+        "BLOCK_K": block_k,
+        "num_warps": 4 if block_k <= 32 else 8,
         "num_stages": 3 if last else 2,
     }
 
