@@ -136,6 +136,24 @@ def node_sums_kernel(
             tl.store(a2 + share * K * C + k * C + c, acc_2, mask=live)
 
 
+@triton.jit
+def node_totals_kernel(
+    a,  # [B, shares, K, C]
+    made,  # [B, K, C]
+    K,
+    C,
+    shares,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sums of a node in an image, from its shares."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    first = row // K * shares * K + row % K
+    acc = total(a, first * C + c[None, :], c[None, :] < C, shares, K * C, BLOCK_S)
+    tiles.store(made + row * C + c, acc, c < C)
+
+
 def flat(*maps: torch.Tensor | None) -> tuple[list[Any], list[tuple[int, int, int]]]:
     """The maps as [B, C, N], and their strides; a None stays one."""
     flattened = [
@@ -167,11 +185,14 @@ def sums_tile(x: torch.Tensor, nodes: int) -> dict[str, int]:
     block_n = (64 if last else 32) if x.element_size() == 2 else 16
     if layouts.INTERPRETED:  # no registers to run out of, and every operation counts
         block_n = 64
+    block_k = layouts.fit(nodes, most)
+    if x.dtype == torch.float16 and block_k > 32 and not layouts.INTERPRETED:  # two halves of each
+        block_n = 32
     return {
         "BLOCK_N": layouts.fit(x.size(2) * x.size(3), block_n),
         "BLOCK_C": layouts.fit(x.size(1), most),
-        "BLOCK_K": layouts.fit(nodes, most),
-        "num_warps": 4,
+        "BLOCK_K": block_k,
+        "num_warps": 4 if block_k <= 32 else 8,
         "num_stages": 3 if last else 2,
     }
 
@@ -219,4 +240,13 @@ def sums(
             **how(x, strides[1]),
             **tile,
         )
+    return made
+
+
+def totals(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sums [B, K, C] of shares [B, shares, K, C]."""
+    B, shares, K, C = a.shape
+    made = a.new_empty((B, K, C), dtype=dtype)
+    if B > 0:
+        node_totals_kernel[(B * K,)](a, made, K, C, shares, **row_tile(C))
     return made

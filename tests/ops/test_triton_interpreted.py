@@ -262,6 +262,66 @@ def test_assignment_of_narrow_nodes(case: Any, dtype: str) -> None:
     assert (q - exact).abs().max() <= 5e-4
 
 
+EM = {  # (B, C, H, W), D, T, arguments; D: a folded convolution to as many channels
+    "last": ((2, 7, 5, 6), None, 2, {"gradient": "last", "temperature": 1.5}),
+    "last-clamp": ((2, 7, 5, 6), None, 3, {"gradient": "last", "norm": "clamp"}),
+    "last+bases": ((2, 7, 5, 6), None, 3, {"gradient": "last+bases", "own": True}),
+    "full": ((2, 7, 5, 6), None, 2, {"gradient": "full", "own": True, "norm": "clamp"}),
+    "no-iteration": ((2, 7, 5, 6), None, 0, {"gradient": "full", "own": True}),
+    "none": ((2, 7, 5, 6), None, 2, {"gradient": "none", "own": True}),
+    "folded": ((2, 7, 5, 6), 9, 2, {"gradient": "none", "temperature": 0.5}),
+    "folded-own": ((2, 19, 5, 6), 3, 2, {"gradient": "none", "own": True}),
+    "folded-no-bias": ((1, 7, 5, 6), 17, 0, {"gradient": "none", "bias": False}),
+}
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "layout"), sorted(DEFAULT))
+@pytest.mark.parametrize("case", EM)
+def test_em_attention(case: str, dtype: str, layout: str) -> None:
+    """Every way to differentiate, by each of the results alone and by all."""
+    size, outputs, iterations, options = EM[case]
+    options = dict(options)
+    x = draw(*size, dtype=DTYPES[dtype]).to(memory_format=LAYOUTS[layout])
+    wide, D = accumulation_dtype(x.dtype), outputs or size[1]
+    own = size[:1] if options.pop("own", False) else ()
+    inputs: dict[str, Tensor] = {
+        "features": x,
+        "bases": F.normalize(draw(*own, D, 4, dtype=wide, seed=1), dim=-2),
+    }
+    if "temperature" in options:
+        inputs["temperature"] = torch.tensor(options.pop("temperature"), dtype=wide)
+    bias = options.pop("bias", True)
+    if outputs is not None:
+        inputs["weight"] = draw(D, size[1], dtype=wide, seed=2) / size[1] ** 0.5
+        if bias:
+            inputs["bias"] = draw(D, dtype=wide, seed=3)
+
+    def run(dtype: torch.dtype | None, backend: str, of: slice) -> list[Tensor]:
+        given = {n: t.detach().to(dtype or t.dtype) for n, t in inputs.items()}
+        leaves = [given[n].requires_grad_() for n in given if n not in ("weight", "bias")]
+        made = segkernels.em_attention(
+            **given, iterations=iterations, return_assignment=True, backend=backend, **options
+        )
+        graded = [y for y in made if y.requires_grad][of]
+        dy = [draw(*y.shape, dtype=torch.float16, seed=5).to(y.dtype) for y in graded]
+        gradients = (
+            [] if not graded else torch.autograd.grad(graded, leaves, dy, materialize_grads=True)
+        )
+        return [*made, *gradients]
+
+    longest = max(D, *size, size[0] * size[2] * size[3] * 4)
+    alone = [slice(i, i + 1) for i in range(3)] if dtype == "fp64" else []
+    for of in (slice(None), *alone):
+        exact, rough = run(torch.float64, "reference", of), run(None, "reference", of)
+        got = run(None, "triton", of)
+        assert memory_format(got[0]) == memory_format(x)
+        scale = max((t.abs().max().item() for t in exact[3:]), default=0.0)
+        for i, (a, e, r) in enumerate(zip(got, exact, rough, strict=True)):
+            error, allowed = tolerance.verdict(a, r, e, x.dtype, longest, scale)
+            assert error <= allowed, f"{of} result {i}: error {error:.2g}, allowed {allowed:.2g}"
+
+
 @interpreted
 @pytest.mark.parametrize("size", [(0, 3, 4, 5), (1, 1, 1, 1)], ids=["no-samples", "one-pixel"])
 def test_smallest(size: tuple[int, ...]) -> None:
