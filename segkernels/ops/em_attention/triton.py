@@ -191,10 +191,11 @@ def em_attention(
     E = 0 if depth < 0 else max(1, depth)
     y = layouts.empty_map(x, D, x.shape[2:])
     z = layouts.empty_map(x, K, x.shape[2:], mu.dtype)
-    h = mu.new_empty((B, E, K, D) if E > 0 else (0,))
+    E -= iterations <= E  # where the first step begins from mu, that is known
+    h = mu.new_empty((B, E, K, D) if depth >= 0 else (0,))
     s, r = (mu.new_empty(B, max(0, depth), K) for _ in range(2))
     last = max(1, iterations)
-    m = (h[:, 0] if last == E else mu.new_empty(B, K, D)).copy_(mu)
+    m = mu.contiguous()
     for t in range(1, last + 1):
         assign(x, logits_of(m, w, b), lam, z)
         if t <= iterations:
@@ -238,8 +239,9 @@ def em_attention_backward(
     dz: torch.Tensor | None,  # [B, K, H, W]
     dm: torch.Tensor | None,  # [B, K, C]
     x: torch.Tensor,
+    mu: torch.Tensor,  # [B, K, C]
     m: torch.Tensor,  # [B, K, C]
-    h: torch.Tensor,  # [B, E, K, C]
+    h: torch.Tensor,  # [B, E or E - 1, K, C]
     s: torch.Tensor,  # [B, depth, K]
     r: torch.Tensor,
     lam: torch.Tensor | None,
@@ -247,7 +249,9 @@ def em_attention_backward(
     clamp: bool,
     need: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    B, E, K, C = h.shape
+    E = max(1, depth)
+    h = h if h.size(1) == E else torch.cat([mu[:, None], h], 1)
+    B, _, K, C = h.shape
     maps = layouts.empty_map(x, 2 * E * K, x.shape[2:], h.dtype)
     z, dl = (part.split(K, 1) for part in maps.split(E * K, 1))
     table = h.new_empty(B, 2, E, K, C)  # da, then λ·mu: dx takes them by z and dl
@@ -260,10 +264,10 @@ def em_attention_backward(
     for e in reversed(range(E)):
         last = e == E - 1
         if depth > 0:
-            mu, share = (m, shares[:, 0]) if last else (h[:, e + 1], shares[:, e + 1])
+            after, share = (m, shares[:, 0]) if last else (h[:, e + 1], shares[:, e + 1])
             ds = h.new_empty(B, K)
             step = s[:, e], r[:, e], ds
-            bases_backward(v, u, dm, lam, mu, share, da=table[:, 0, e], step=step, clamp=clamp)
+            bases_backward(v, u, dm, lam, after, share, da=table[:, 0, e], step=step, clamp=clamp)
             v, dm = None, None
         da = None if ds is None else table[:, 0, e]
         slopes(x, z[e], dz if last else None, None, da, ds, dy if last else None, m, dl[e])
