@@ -43,9 +43,9 @@ def distribute_kernel(
         acc += tl.load(residual, mask=live, other=0.0).to(ACC)
     for first in range(0, K, BLOCK_K):
         nodes = first + tl.arange(0, BLOCK_K)
-        node = of_nodes(z + sample * stride_z, nodes[:, None], d, K, D)
         k = nodes[None, :]
         at = tiles.at_pixels(strides_q, sample, k, n, 1)
+        node = of_nodes(z + sample * stride_z, nodes[:, None], d, K, D)
         weights = tl.load(q + at, mask=(n < N) & (k < K), other=0.0)
         acc = tiles.product(weights, node, acc, SPLIT)
     tiles.store(y + tiles.at_pixels(strides_y, sample, d, n, ALIGN), acc, live)
@@ -75,5 +75,6 @@ def distribute(
         BLOCK_D=block_d,
         BLOCK_K=block_k,
         num_warps=warps,
+        num_stages=2,
     )
     return y
