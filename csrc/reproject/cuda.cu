@@ -1,8 +1,7 @@
 // reproject on CUDA: allocate, launch, register.
-#include "reproject/kernels.cuh"
-
 #include <tuple>
 
+#include "common/node_parameters.cuh"
 #include "soft_assign/launch.h"
 
 namespace segkernels::cuda {
@@ -38,7 +37,7 @@ std::tuple<Tensor, Tensor> reproject_backward(Tensor dy, Tensor z, Tensor q, Int
     const Gathered gathered = gather_images(queue, q, dy, std::nullopt);
     by_storage(z, [&](auto storage) {
       using T = decltype(storage);
-      queue.launch(&reproject_finish_kernel<T>, ceil_div(B * size, BLOCK), BLOCK, 0,
+      queue.launch(&node_sums_kernel<T>, ceil_div(B * size, BLOCK), BLOCK, 0,
                    const_data<acc_t<T>>(gathered.sums), gathered.splits(), size, B, mutable_data<T>(dz));
     });
   }

@@ -2,7 +2,8 @@
 logits, not where the table comes from.
 
 q = softmax of logits; the gradients of the logits; those of the pixels. The sums over pixels are
-node_sums'. No tensor over pixels, nodes and channels exists.
+node_sums'. No tensor over pixels, nodes and channels exists. A table is all images' own, or each
+image has one, or several.
 """
 
 from __future__ import annotations
@@ -13,33 +14,35 @@ import torch
 import triton
 import triton.language as tl
 
-from segkernels.fused import memory_format
 from segkernels.ops import layouts, tiles
 from segkernels.ops.node_sums import centred, flat, how, of_nodes, total
 from segkernels.ops.tiles import aligned
 
 
 class Logits(NamedTuple):
-    """log q = ⟨p, x̃⟩ + ⟨r, x̃²⟩ + b, up to what all nodes share."""
+    """log q = ⟨p, x̃⟩ + ⟨r, x̃²⟩ + b, up to what all nodes share; a None is left out."""
 
-    centre: torch.Tensor  # [C]
-    p: torch.Tensor  # [K, C]
-    r: torch.Tensor  # [K, C]; or [K], and the square is ‖x̃‖²
-    b: torch.Tensor  # [shares, K]
+    centre: torch.Tensor | None  # [C]
+    p: torch.Tensor  # [K, C]; or [B, E, K, C], of E assignments of an image
+    r: torch.Tensor | None  # [K, C]; or [K], and the square is ‖x̃‖²
+    b: torch.Tensor | None  # [shares, K]; or [B, E, K]
 
 
 @triton.jit
 def assignment_softmax_kernel(
     x,
-    centre,  # [C]
-    p,  # [K, C]
-    r,  # [K, C], or [K] where ISOTROPIC
-    b,  # [shares, K]
-    q,
+    lam,  # or None: 1
+    centre,  # [C] or None
+    p,  # [K, C], or [B, E, K, C]
+    r,  # [K, C], or [K] where ISOTROPIC, or None
+    b,  # [shares, K], or [B, E, K], or None
+    q,  # of all E one after another
     K,
     C,
     N,
     shares,
+    strides_p,  # of images and assignments
+    strides_b,
     strides_x,
     strides_q,
     ISOTROPIC: tl.constexpr,
@@ -50,16 +53,17 @@ def assignment_softmax_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """q = softmax over k of ⟨p, x̃⟩ + ⟨r, x̃²⟩ + b.
+    """q = softmax over k of λ(⟨p, x̃⟩ + ⟨r, x̃²⟩ + b).
 
     The products of a block of channels are summed by themselves before they are added: of logits in
     the hundreds, rounding errors stay those of short sums.
     """
     C = aligned(C, ALIGN)
     _, sample, _, start = tiles.this_tile(N, 1, BLOCK_N)
+    own = tl.program_id(1)
     n = (start + tl.arange(0, BLOCK_N))[:, None]
-    nodes = tl.arange(0, BLOCK_K)
-    k = nodes[None, :]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    p += sample * strides_p[0] + own * strides_p[1]
     logits = tl.zeros((BLOCK_N, BLOCK_K), ACC)
     squares = tl.zeros((BLOCK_N,), ACC)
     for first in range(0, C, BLOCK_C):
@@ -67,19 +71,50 @@ def assignment_softmax_kernel(
         c = channels[:, None]
         t = centred(x, centre, strides_x, sample, n, channels[None, :], N, C, ALIGN)
         part = tl.zeros((BLOCK_N, BLOCK_K), ACC)
-        if ISOTROPIC:
-            squares += tl.sum(t * t, axis=1)
-        else:
-            part = tiles.product(t * t, of_nodes(r, k, c, K, C), part, SPLIT)
+        if r is not None:
+            if ISOTROPIC:
+                squares += tl.sum(t * t, axis=1)
+            else:
+                part = tiles.product(t * t, of_nodes(r, k, c, K, C), part, SPLIT)
         logits += tiles.product(t, of_nodes(p, k, c, K, C), part, SPLIT)
     if ISOTROPIC:
         logits += squares[:, None] * tl.load(r + k, mask=k < K, other=0.0)
-    logits += total(b, k, k < K, shares, K, 16)[None, :]
+    if b is not None:
+        b += sample * strides_b[0] + own * strides_b[1]
+        logits += total(b, k, k < K, shares, K, 16)[None, :]
+    if lam is not None:
+        logits *= tl.load(lam)
     logits = tl.where(k < K, logits, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     weights = weights / tl.sum(weights, axis=1)[:, None]
-    at = tiles.at_pixels(strides_q, sample, k, n, 1)
+    at = tiles.at_pixels(strides_q, sample, own * K + k, n, 1)
     tl.store(q + at, weights, mask=(n < N) & (k < K))
+
+
+@triton.jit
+def projected(
+    acc,  # [pixels n, nodes k]
+    x,
+    centre,  # [C] or None
+    table,  # [K, C]
+    strides,
+    sample,
+    n,
+    k,
+    K,
+    C,
+    N,
+    SPLIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """acc + ⟨table, x̃⟩."""
+    for first in range(0, C, BLOCK_C):
+        channels = first + tl.arange(0, BLOCK_C)
+        away = centred(x, centre, strides, sample, n, channels[None, :], N, C, ALIGN)
+        nodes = of_nodes(table, k, channels[:, None], K, C).to(acc.dtype)
+        acc = tiles.product(away, nodes, acc, SPLIT)
+    return acc
 
 
 @triton.jit
@@ -87,16 +122,20 @@ def assignment_slopes_kernel(
     x,
     q,
     dq,  # or None
-    centre,  # [C]
+    dy,  # or None
+    centre,  # [C] or None
     h,  # [B, K, C] or None
     t,  # [B, K]
+    z,  # [B, K, C]
     dl,
     K,
     C,
     N,
+    stride_h,  # of images
     strides_x,
     strides_q,
     strides_dq,
+    strides_dy,
     strides_dl,
     SPLIT: tl.constexpr,
     ACC: tl.constexpr,
@@ -105,7 +144,7 @@ def assignment_slopes_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dl = q·(g − Σ q·g) with g = dq + ⟨h, x̃⟩ + t."""
+    """dl = q·(g − Σ q·g) with g = dq + ⟨h, x̃⟩ + t + ⟨z, dy⟩."""
     C = aligned(C, ALIGN)
     _, sample, _, start = tiles.this_tile(N, 1, BLOCK_N)
     n = (start + tl.arange(0, BLOCK_N))[:, None]
@@ -113,13 +152,14 @@ def assignment_slopes_kernel(
     live = (n < N) & (k < K)
     g = tl.zeros((BLOCK_N, BLOCK_K), ACC)
     if h is not None:
-        h += sample * K * C
-        for first in range(0, C, BLOCK_C):
-            channels = first + tl.arange(0, BLOCK_C)
-            away = centred(x, centre, strides_x, sample, n, channels[None, :], N, C, ALIGN)
-            slope = of_nodes(h, k, channels[:, None], K, C).to(ACC)
-            g = tiles.product(away, slope, g, SPLIT)
+        h += sample * stride_h
+        g = projected(
+            g, x, centre, h, strides_x, sample, n, k, K, C, N, SPLIT, ALIGN, BLOCK_C
+        )
         g += tl.load(t + sample * K + k, mask=k < K, other=0.0)
+    if dy is not None:
+        z += sample * K * C
+        g = projected(g, dy, None, z, strides_dy, sample, n, k, K, C, N, SPLIT, ALIGN, BLOCK_C)
     if dq is not None:
         g += tl.load(dq + tiles.at_pixels(strides_dq, sample, k, n, 1), mask=live, other=0.0)
     weights = tl.load(q + tiles.at_pixels(strides_q, sample, k, n, 1), mask=live, other=0.0)
@@ -200,23 +240,28 @@ def table_tile(nodes: int, channels: int) -> dict[str, int]:
     return {"BLOCK_K": block_k, "BLOCK_C": block_c, "num_warps": 4}
 
 
-def assign(x: torch.Tensor, logits: Logits) -> torch.Tensor:
-    """q, [B, K, H, W] in the accumulation type and x's memory format."""
-    K, C = logits.p.shape
-    q = torch.empty(
-        (x.size(0), K, *x.shape[2:]),
-        dtype=logits.p.dtype,
-        device=x.device,
-        memory_format=memory_format(x),
-    )
+def assign(
+    x: torch.Tensor,
+    logits: Logits,
+    lam: torch.Tensor | None = None,
+    q: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q, [B, K, H, W] in the accumulation type and x's memory format; of E assignments of an image
+    [B, E·K, H, W]."""
+    centre, p, r, b = logits
+    *own, K, C = p.shape
+    count, shares = (own[1], 1) if own else (1, 0 if b is None else b.size(0))
+    if q is None:
+        q = layouts.empty_map(x, count * K, x.shape[2:], p.dtype)
     if q.numel() > 0:
         (x,), (strides,) = flat(x)
         tile = pixel_tile(x, K)
         N = x.size(2) * x.size(3)
-        assignment_softmax_kernel[(triton.cdiv(N, tile["BLOCK_N"]) * x.size(0),)](
-            *(x, *logits, q, K, C, N, logits.b.size(0)),
+        assignment_softmax_kernel[(triton.cdiv(N, tile["BLOCK_N"]) * x.size(0), count)](
+            *(x, lam, centre, p, r, b, q, K, C, N, shares),
+            *(p.stride()[:2] if own else (0, 0), b.stride()[:2] if own and b is not None else (0, 0)),
             *(strides, layouts.map_strides(q)),
-            ISOTROPIC=logits.r.dim() == 1,
+            ISOTROPIC=r is not None and r.dim() == 1,
             **how(x, strides),
             **tile,
         )
@@ -227,20 +272,25 @@ def slopes(
     x: torch.Tensor,
     q: torch.Tensor,
     dq: torch.Tensor | None,
-    centre: torch.Tensor,
-    h: torch.Tensor | None,  # [B, K, C]
+    centre: torch.Tensor | None,
+    h: torch.Tensor | None,  # [B, K, C], dense but for the images
     t: torch.Tensor | None,  # [B, K]
+    dy: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,  # [B, K, C]
+    dl: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dl, the gradient of the logits, [B, K, H, W] like q."""
-    dl = torch.empty_like(q)
+    if dl is None:
+        dl = torch.empty_like(q)
     if dl.numel() > 0:
-        (x, q, dq, _), strides = flat(x, q, dq, dl)
+        (x, q, dq, dy), strides = flat(x, q, dq, dy)
         tile = pixel_tile(x, q.size(1))
         N = x.size(2) * x.size(3)
         assignment_slopes_kernel[(triton.cdiv(N, tile["BLOCK_N"]) * x.size(0),)](
-            *(x, q, dq, centre, h, t, dl),
-            *(q.size(1), x.size(1), N, *strides),
-            **how(x, strides[0]),
+            *(x, q, dq, dy, centre, h, t, z, dl),
+            *(q.size(1), x.size(1), N),
+            *(0 if h is None else h.stride(0), *strides, layouts.map_strides(dl)),
+            **how(x, strides[0], strides[3]),
             **tile,
         )
     return dl

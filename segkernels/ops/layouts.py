@@ -57,10 +57,12 @@ def map_strides(t: torch.Tensor) -> tuple[int, int, int]:
     return t.stride(0), t.stride(1), t.stride(3) if t.size(3) > 1 else t.stride(2)
 
 
-def empty_map(x: torch.Tensor, channels: int, size: Sequence[int]) -> torch.Tensor:
-    """An unwritten [B, channels, H, W] of x's batch, type and memory format."""
-    shape = (x.size(0), channels, *size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+def empty_map(
+    x: torch.Tensor, channels: int, size: Sequence[int], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """An unwritten [B, channels, H, W] of x's batch, memory format and, unless given, type."""
+    shape, dtype = (x.size(0), channels, *size), dtype or x.dtype
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format(x))
 
 
 def partial_sums(

@@ -136,6 +136,24 @@ def node_sums_kernel(
             tl.store(a2 + share * K * C + k * C + c, acc_2, mask=live)
 
 
+@triton.jit
+def node_totals_kernel(
+    a,  # [B, shares, K, C]
+    made,  # [B, K, C]
+    K,
+    C,
+    shares,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sums of a node in an image, from its shares."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    first = row // K * shares * K + row % K
+    acc = total(a, first * C + c[None, :], c[None, :] < C, shares, K * C, BLOCK_S)
+    tiles.store(made + row * C + c, acc, c < C)
+
+
 def flat(*maps: torch.Tensor | None) -> tuple[list[Any], list[tuple[int, int, int]]]:
     """The maps as [B, C, N], and their strides; a None stays one."""
     flattened = [
@@ -219,4 +237,13 @@ def sums(
             **how(x, strides[1]),
             **tile,
         )
+    return made
+
+
+def totals(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sums [B, K, C] of shares [B, shares, K, C]."""
+    B, shares, K, C = a.shape
+    made = a.new_empty((B, K, C), dtype=dtype)
+    if B > 0:
+        node_totals_kernel[(B * K,)](a, made, K, C, shares, **row_tile(C))
     return made
