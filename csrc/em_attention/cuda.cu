@@ -1,7 +1,9 @@
 // em_attention on CUDA: allocate, launch, register.
 #include <tuple>
 
+#include "common/node_maps.h"
 #include "em_attention/kernels.cuh"
+#include "em_attention/pass.cuh"
 #include "soft_assign/launch.h"
 
 namespace segkernels::cuda {
@@ -18,6 +20,88 @@ OfNodes<A> of_nodes(const Tensor& nodes) {
     return {const_data<std::remove_const_t<A>>(nodes), nodes.stride(0)};
   else
     return {mutable_data<A>(nodes), nodes.stride(0)};
+}
+
+// The regime: one kernel for a pass over the pixels, where the scores of a tile fit its registers; else the
+// products of soft assignment, one after the other.
+bool in_one_kernel(const Tensor& x, int64_t K) { return K <= 64 && x.scalar_type() != ScalarType::Double; }
+
+// The sums are made in parts whose number the size of an image decides, and no other.
+template <Pass PASS, class T>
+Gathered pass(const Queue& queue, const PassNodes<acc_t<T>>& nodes, const PassMaps<T>& maps, const Tensor& x,
+              int64_t K, bool summed) {
+  using A = acc_t<T>;
+  constexpr int64_t MOST_PARTS = 32;
+  const NodeShape shape = shape_of(x, K);
+  Gathered out;
+  const auto run = [&](auto nj) {
+    using Stage = PassStage<T, PASS, nj>;
+    const int64_t B = x.size(0), tiles = ceil_div(shape.pixels, Stage::PIXELS);
+    PassSums<A> sums = {};
+    sums.turns = int(std::max<int64_t>(1, ceil_div(tiles, MOST_PARTS)));
+    sums.splits = int(ceil_div(tiles, sums.turns));
+    if (summed) {
+      out.sums = empty(x, {B, sums.splits, 1, K, shape.channels}, acc_type(x.scalar_type()));
+      out.masses = empty(out.sums, {B, sums.splits, K});
+      sums.sums = mutable_data<A>(out.sums), sums.masses = mutable_data<A>(out.masses);
+    }
+    queue.launch(&em_attention_pass_kernel<T, PASS, nj>, B * sums.splits, Stage::THREADS, sizeof(Stage),
+                 nodes, maps, sums, shape);
+  };
+  if (K <= 8)
+    run(std::integral_constant<int, 1>());
+  else if (K <= 32)
+    run(std::integral_constant<int, 4>());
+  else
+    run(std::integral_constant<int, 8>());
+  return out;
+}
+
+// The sums of z v and of z, z = softmax_k λ(⟨p_k, x⟩ + b_k), which is `kept` or not.
+Gathered expectation(const Queue& queue, const Tensor& x, const Tensor& p, const MaybeTensor& b,
+                     const MaybeTensor& lam, const Tensor& v, const Tensor& z, bool kept) {
+  if (!in_one_kernel(x, p.size(1))) {
+    responsibilities(queue, x, p, b, lam, z);
+    return gather_images(queue, z, v, std::nullopt);
+  }
+  Gathered out;
+  by_narrow_storage(x, [&](auto storage) {
+    using T = decltype(storage);
+    PassMaps<T> maps = {pixel_map<const T>(x), pixel_map<const T>(v), {}, {}, {}};
+    if (kept) maps.z = pixel_map<float>(z);
+    out = pass<Pass::expectation, T>(queue,
+                                     {const_data<float>(p), data<float>(b), data<float>(lam), nullptr,
+                                      p.stride(0), 0, nodes_vectorise(p), false},
+                                     maps, x, p.size(1), true);
+  });
+  return out;
+}
+
+// dl = z (dz − Σ_k z dz), dz = ⟨da_k, x⟩ + ds_k + dq, and the sums of dl x where they are wanted; z =
+// softmax_k λ⟨μ_k, x⟩ is `known` or else made.
+std::optional<Gathered> gradient(const Queue& queue, const Tensor& x, const Tensor& mu,
+                                 const MaybeTensor& lam, const Tensor& da, const Tensor& ds,
+                                 const MaybeTensor& dq, const Tensor& z, bool known, const Tensor& dl,
+                                 bool summed) {
+  std::optional<Gathered> out;
+  if (!in_one_kernel(x, mu.size(1))) {
+    if (!known) responsibilities(queue, x, mu, std::nullopt, lam, z);
+    assignment_gradient(queue, x, std::nullopt, da, ds, z, dq, dl);
+    if (summed) out = gather_images(queue, dl, x, std::nullopt);
+    return out;
+  }
+  by_narrow_storage(x, [&](auto storage) {
+    using T = decltype(storage);
+    const PixelMap<const T> from = pixel_map<const T>(x);
+    PassMaps<T> maps = {from, from, {}, pixel_map<float>(dl), pixel_map<const float>(dq)};
+    if (!known) maps.z = pixel_map<float>(z);
+    out = pass<Pass::gradient, T>(
+        queue,
+        {const_data<float>(mu), const_data<float>(ds), data<float>(lam), const_data<float>(da), mu.stride(0),
+         da.stride(0), nodes_vectorise(mu), nodes_vectorise(da)},
+        maps, x, mu.size(1), summed);
+  });
+  return out;
 }
 
 // [.., M] · [M, N], `by` of any strides, with the vector `last` as one more column, which goes to `out_last`.
@@ -40,10 +124,8 @@ void bases(const Queue& queue, const Gathered& gathered, const MaybeTensor& w, c
   Tensor sums = gathered.sums;
   int splits = gathered.splits();
   if (w) {
-    const int64_t size = K * w->size(1);
     const Tensor sum = empty(mu, {B, K, w->size(1)});
-    queue.launch(&node_sums_kernel<A>, ceil_div(B * size, BLOCK), BLOCK, 0, const_data<A>(sums), splits, size,
-                 B, mutable_data<A>(sum));
+    add_parts(queue, gathered, sum);
     sums = empty(mu, {B, K, D}), splits = 1;
     fold<A>(queue, sum, torch::stable::transpose(*w, 0, 1), std::nullopt, sums, std::nullopt);
   }
@@ -95,9 +177,11 @@ Six em_attention(Tensor x, Tensor mu, MaybeTensor lam, MaybeTensor w, MaybeTenso
         if (b) bias = empty(mu, {B, K});
         fold<A>(queue, now, *w, b, p, bias);
       }
-      responsibilities(queue, x, p, bias, lam, z);
-      if (iterations == 0) break;
-      const Gathered gathered = gather_images(queue, z, x, std::nullopt);
+      if (iterations == 0) {
+        responsibilities(queue, x, p, bias, lam, z);
+        break;
+      }
+      const Gathered gathered = expectation(queue, x, p, bias, lam, x, z, t + 1 == iterations);
       now = place(t + 1);
       bases<A>(queue, gathered, w, b, {clamp}, now, kept(s, t), kept(r, t));
     }
@@ -152,30 +236,30 @@ Three em_attention_backward(MaybeTensor dy, MaybeTensor dz, MaybeTensor dm, Tens
       }
       queue.launch(&em_attention_bases_gradient_kernel<A>, B * K, BLOCK, 0, g, int(K), int(C), Norm{clamp});
     };
-    responsibilities(queue, x, select(h, 1, last), std::nullopt, lam, of.z(last));
+    const bool known = dy && (depth || need[1]);
     if (depth || need[1]) {
       BasesGradient<A> g = {};
       std::optional<Gathered> gathered;
-      if (dy) gathered = gather_images(queue, of.z(last), *dy, std::nullopt);
-      if (dy) g.sums = const_data<A>(gathered->sums), g.splits = gathered->splits();
+      if (dy) gathered = expectation(queue, x, select(h, 1, last), std::nullopt, lam, *dy, of.z(last), true);
+      if (gathered) g.sums = const_data<A>(gathered->sums), g.splits = gathered->splits();
       g.addend = data<A>(dm);
       bases_gradient(g, m, last + 1);
     }
     if (depth && dy) dz = assignment_cotangent(queue, *dy, m, dz);
     for (int64_t t = last; t >= 0; --t) {
       const Tensor mu = select(h, 1, t), z = of.z(t), dl = of.dl(t);
-      if (t < last) responsibilities(queue, x, mu, std::nullopt, lam, z);
-      const MaybeTensor from = t == last ? dz : std::nullopt;
-      if (depth)
-        assignment_gradient(queue, x, std::nullopt, of.da(t), ds, z, from, dl);
-      else  // without dy, a map of no channels
-        assignment_gradient(queue, dy ? *dy : part(z, 0, 0), std::nullopt, m, std::nullopt, z, from, dl);
-      BasesGradient<A> g = {};
+      const bool summed = t > 0 || need[1] || need[2];
       std::optional<Gathered> gathered;
-      if (t > 0 || need[1] || need[2]) {
-        gathered = gather_images(queue, dl, x, std::nullopt);
-        g.sums = const_data<A>(gathered->sums), g.splits = gathered->splits();
+      if (depth) {
+        gathered = gradient(queue, x, mu, lam, of.da(t), ds, t == last ? dz : std::nullopt, z,
+                            t == last && known, dl, summed);
+      } else {  // dz is of y alone, and without dy of a map of no channels
+        if (!known) responsibilities(queue, x, mu, std::nullopt, lam, z);
+        assignment_gradient(queue, dy ? *dy : part(z, 0, 0), std::nullopt, m, std::nullopt, z, dz, dl);
+        if (summed) gathered = gather_images(queue, dl, x, std::nullopt);
       }
+      BasesGradient<A> g = {};
+      if (summed) g.sums = const_data<A>(gathered->sums), g.splits = gathered->splits();
       g.lam = data<A>(lam);
       if (!depth && need[1]) g.addend = const_data<A>(dmu);
       if (need[2]) g.heat = mutable_data<double>(heat) + t * B * K;

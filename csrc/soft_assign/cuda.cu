@@ -4,35 +4,13 @@
 #include <tuple>
 
 #include "common/gather.cuh"
+#include "common/node_maps.h"
 #include "common/scores.cuh"
 #include "common/spread.cuh"
 #include "soft_assign/kernels.cuh"
 
 namespace segkernels::cuda {
 namespace {
-
-template <class T>
-PixelMap<T> pixel_map(const Tensor& map) {
-  const bool vectors = vectorises(16 / int(sizeof(T)), map.size(1), {&map});
-  if constexpr (std::is_const_v<T>)
-    return {const_data<std::remove_const_t<T>>(map), strides_of(map), vectors};
-  else
-    return {mutable_data<T>(map), strides_of(map), vectors};
-}
-template <class T>
-PixelMap<T> pixel_map(const MaybeTensor& map) {
-  return map ? pixel_map<T>(*map) : PixelMap<T>{};
-}
-// Whether rows of nodes [.., C] can be read by 16 bytes.
-bool nodes_vectorise(const Tensor& nodes) {
-  const int64_t C = nodes.size(nodes.dim() - 1);
-  return C * nodes.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(nodes.const_data_ptr()) % 16 == 0;
-}
-
-NodeShape shape_of(const Tensor& map, int64_t nodes) {
-  STD_TORCH_CHECK(map.size(2) * map.size(3) < int64_t(1) << 30, "segkernels: H·W must be below 2^30");
-  return {int(map.size(2) * map.size(3)), int(map.size(3)), int(map.size(1)), int(nodes)};
-}
 
 template <class T, Score SCORE>
 void scores(const Queue& queue, const Tensor& x, const ScoreNodes<T, SCORE>& nodes,
@@ -184,6 +162,15 @@ Gathered gather_images(const Queue& queue, const Tensor& a, const Tensor& x, con
 }
 Gathered gather_squares(const Queue& queue, const Tensor& a, const Tensor& x, const Tensor& centre) {
   return gather<true>(queue, a, x, centre, 1);
+}
+
+void add_parts(const Queue& queue, const Gathered& gathered, const Tensor& out) {
+  const int64_t B = out.size(0), size = out.size(1) * out.size(2);
+  by_storage(out, [&](auto storage) {
+    using T = decltype(storage);
+    queue.launch(&node_sums_kernel<T>, ceil_div(B * size, BLOCK), BLOCK, 0,
+                 const_data<acc_t<T>>(gathered.sums), gathered.splits(), size, B, mutable_data<T>(out));
+  });
 }
 
 void reprojection(const Queue& queue, const Tensor& z, const Tensor& q, const MaybeTensor& r,

@@ -51,6 +51,8 @@ struct __attribute__((visibility("hidden"))) Gathered {
 };
 Gathered gather_images(const Queue& queue, const Tensor& a, const Tensor& x, const MaybeTensor& centre);
 Gathered gather_squares(const Queue& queue, const Tensor& a, const Tensor& x, const Tensor& centre);
+// The sums of images into `out` [B, K, C].
+void add_parts(const Queue& queue, const Gathered& gathered, const Tensor& out);
 
 // y = r + Σ_k q z_k into y.
 void reprojection(const Queue& queue, const Tensor& z, const Tensor& q, const MaybeTensor& r,
