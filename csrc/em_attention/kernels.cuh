@@ -119,11 +119,11 @@ __global__ void __launch_bounds__(BLOCK, 1)
   if (threadIdx.x == 0) *dlam = A(sum);
 }
 
-// A matrix [M, N] of any strides, and a vector [M] as a column behind its last, which may be absent.
+// A matrix [M, N] of any strides, and a dense vector [M] as a column behind its last, which may be absent.
 template <class A>
 struct Folded {
   const A *w, *b;
-  int64_t down, across, b_down;
+  int64_t down, across;
   int rows, columns;  // M, N
 };
 constexpr int FOLD_ROWS = 16, FOLD_DEPTH = 32;  // of a block's tile; its columns are the lanes of a warp
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
       const int64_t row = m0 + m, column = n0 + j;
       A value = 0;
       if (row < by.rows && column < by.columns) value = by.w[row * by.down + column * by.across];
-      if (row < by.rows && column == by.columns && by.b) value = by.b[row * by.b_down];
+      if (row < by.rows && column == by.columns && by.b) value = by.b[row];
       right[m][j] = value;
     });
     __syncthreads();
