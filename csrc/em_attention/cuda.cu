@@ -24,7 +24,9 @@ OfNodes<A> of_nodes(const Tensor& nodes) {
 
 // The regime: one kernel for a pass over the pixels, where the scores of a tile fit its registers; else the
 // products of soft assignment, one after the other.
-bool in_one_kernel(const Tensor& x, int64_t K) { return K <= 64 && x.scalar_type() != ScalarType::Double; }
+bool in_one_kernel(const Tensor& x, int64_t K) {
+  return x.scalar_type() == ScalarType::Double ? false : K <= (x.element_size() == 2 ? 64 : 32);
+}
 
 // The sums are made in parts whose number the size of an image decides, and no other.
 template <Pass PASS, class T>
@@ -52,7 +54,7 @@ Gathered pass(const Queue& queue, const PassNodes<acc_t<T>>& nodes, const PassMa
     run(std::integral_constant<int, 1>());
   else if (K <= 32)
     run(std::integral_constant<int, 4>());
-  else
+  else if constexpr (sizeof(T) == 2)
     run(std::integral_constant<int, 8>());
   return out;
 }

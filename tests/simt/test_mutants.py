@@ -204,11 +204,11 @@ MUTANTS = {
         "watch",
         "race: em_attention_pass_kernel" + PLACE + ".*, not ordered after",
     ),
-    "responsibilities of pixels that are not there": Mutant(
+    "no temperature in a backward": Mutant(
         EM,
         "em_attention/pass.cuh",
-        "const bool there = rows.row(e) < mine && rows.column(j, e) < K;",
-        "const bool there = rows.column(j, e) < K;",
+        "[&](A a, int) { return lam * a; }",
+        "[&](A a, int) { return a; }",
         "plain",
         WRONG,
     ),
