@@ -62,6 +62,14 @@ void by_storage(const Tensor& x, F&& f) {
   }
 }
 
+// The same for the types that are summed in float.
+template <class F>
+void by_narrow_storage(const Tensor& x, F&& f) {
+  by_storage(x, [&](auto storage) {
+    if constexpr (!std::is_same_v<decltype(storage), double>) f(storage);
+  });
+}
+
 inline Strides strides_of(const Tensor& t) {
   const auto s = t.strides();
   return {s[0], s[1], s[2], s[3]};

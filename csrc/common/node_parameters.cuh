@@ -81,4 +81,14 @@ __device__ inline A sum_of_parts(const A* parts, int splits, int64_t stride) {
   return sum;
 }
 
+// out [B, size] from its partial sums [B, splits, size]; one thread per element.
+template <class T>
+__global__ void __launch_bounds__(BLOCK, 1)
+    node_sums_kernel(const acc_t<T>* __restrict__ sums, int splits, int64_t size, int64_t images,
+                     T* __restrict__ out) {
+  const int64_t i = int64_t(blockIdx.x) * BLOCK + threadIdx.x;
+  if (i >= images * size) return;
+  out[i] = narrow<T>(sum_of_parts(sums + i / size * splits * size + i % size, splits, size));
+}
+
 }  // namespace segkernels::cuda

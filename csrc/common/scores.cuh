@@ -9,17 +9,19 @@ namespace segkernels::cuda {
 
 enum class Score {
   assignment,  // q = softmax_k (⟨p_k, x̃⟩ + ⟨r_k, x̃²⟩ + b_k)
+  softmax,     // q = softmax_k λ(⟨p_k, x⟩ + b_k)
   gradient,    // dl = q (g − Σ_k q g), g = ⟨p_k, x̃⟩ + b_k + dq
-  product      // ⟨p_k, x⟩
+  cotangent,   // ⟨p_k, x⟩ + dq
+  product      // ⟨p_k, x⟩, the nodes in the type of the map
 };
 
 // The nodes' side: p [K, C] and b [K], each image's own where the strides are not 0; r [K, C]. b comes as
-// `parts` rows to be added.
+// `parts` rows to be added; 0: there is none.
 template <class T, Score SCORE>
 struct ScoreNodes {
   using P = std::conditional_t<SCORE == Score::product, T, acc_t<T>>;
   const P* p;
-  const acc_t<T>*r, *b, *centre;  // x̃ = x − centre
+  const acc_t<T>*r, *b, *centre, *lam;  // x̃ = x − centre, which may be absent, as λ may (1)
   int64_t p_stride, b_stride;
   int parts;
   bool vectors;  // p and r can be read by 16 bytes
@@ -27,7 +29,7 @@ struct ScoreNodes {
 template <class A>
 struct ScoreMaps {
   PixelMap<A> out;
-  PixelMap<const A> q, dq;  // of the gradient; dq may be absent
+  PixelMap<const A> q, dq;  // of the gradient (and cotangent); dq may be absent
 };
 
 // NODE_WARPS warps of 8·NJ nodes each; of pixels there are 16 to a warp.
@@ -60,11 +62,11 @@ __device__ inline A reduce_row(A value, F f) {
 
 // One row of scores, by one warp. A NaN among them makes the sum NaN, whatever the maximum is.
 template <class A>
-__device__ inline void softmax_row(A* row, const A* bias, int nodes) {
+__device__ inline void softmax_row(A* row, const A* bias, A lam, int nodes) {
   const int lane = threadIdx.x % WARP;
   A most = -INFINITY, sum = 0;
   for (int k = lane; k < nodes; k += WARP) {
-    row[k] += bias[k];
+    row[k] = lam * (row[k] + bias[k]);
     most = row[k] > most ? row[k] : most;
   }
   most = reduce_row(most, [](A a, A b) { return b > a ? b : a; });
@@ -94,6 +96,7 @@ __global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS,
   using Stage = ScoreStage<T, SCORE, NJ, NODE_WARPS>;
   constexpr int PIXELS = Stage::PIXELS, NODES = Stage::NODES, THREADS = Stage::THREADS;
   constexpr bool SQUARES = Stage::SQUARES;
+  constexpr bool BIASED = SCORE != Score::cotangent && SCORE != Score::product;
   extern __shared__ __align__(16) double shared[];
   Stage& stage = *reinterpret_cast<Stage*>(shared);
   const int64_t image = blockIdx.x / tiles;
@@ -102,12 +105,13 @@ __global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS,
 
   for (int m = threadIdx.x; m < count; m += THREADS)
     stage.offset[m] = x.offset(image, first + m, shape.columns);
-  if constexpr (SCORE != Score::product)
+  if constexpr (BIASED)
     for (int k = threadIdx.x; k < K; k += THREADS) {
       A b = 0;
       for (int part = 0; part < nodes.parts; ++part) b += nodes.b[image * nodes.b_stride + part * K + k];
       stage.bias[k] = b;
     }
+  const A lam = nodes.lam ? *nodes.lam : A(1);
   __syncthreads();
 
   using P = typename ScoreNodes<T, SCORE>::P;
@@ -121,8 +125,7 @@ __global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS,
     const auto pixel = [&](int m) { return m < count ? stage.offset[m] : -1; };
     const auto node = [&](int n) { return n < K ? int64_t(n) * C : -1; };
     const auto as_it_is = [](A a, int) { return a; };
-    pixels.fetch(from_x, pixel, c0,
-                 [&](A a, int c) { return SCORE == Score::product ? a : a - nodes.centre[c]; });
+    pixels.fetch(from_x, pixel, c0, [&](A a, int c) { return nodes.centre ? a - nodes.centre[c] : a; });
     p.fetch(from_p, node, c0, as_it_is);
     if constexpr (SQUARES) r.fetch(from_r, node, c0, as_it_is);
   };
@@ -161,13 +164,14 @@ __global__ void __launch_bounds__(ScoreStage<T, SCORE, NJ, NODE_WARPS>::THREADS,
     for_each<PIXELS, THREADS>(!map.channels_are_dense(), count, K,
                               [&](int m, int k) { f(m, k, stage.offset[m] + k * map.strides.c); });
   };
-  if constexpr (SCORE == Score::gradient) {
+  if constexpr (SCORE == Score::gradient)
     over_tile(maps.q, [&](int m, int k, int64_t at) { rows.q[m][k] = maps.q.at[at]; });
+  if constexpr (SCORE == Score::gradient || SCORE == Score::cotangent)
     if (maps.dq.at) over_tile(maps.dq, [&](int m, int k, int64_t at) { rows.score[m][k] += maps.dq.at[at]; });
-  }
   __syncthreads();
   for (int m = warp; m < count; m += Stage::WARPS) {
-    if constexpr (SCORE == Score::assignment) softmax_row(rows.score[m], stage.bias, K);
+    if constexpr (SCORE == Score::assignment) softmax_row(rows.score[m], stage.bias, A(1), K);
+    if constexpr (SCORE == Score::softmax) softmax_row(rows.score[m], stage.bias, lam, K);
     if constexpr (SCORE == Score::gradient) gradient_row(rows.score[m], rows.q[m], stage.bias, K);
   }
   over_tile(maps.out, [&](int m, int k, int64_t at) { maps.out.at[at] = rows.score[m][k]; });

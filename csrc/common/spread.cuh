@@ -7,14 +7,15 @@
 namespace segkernels::cuda {
 
 enum class Spread {
-  reprojection,  // y = r + Σ_k q z_k
-  gradient       // dx = Σ_k q h_k + dl (p_k + 2 r_k x̃)
+  reprojection,    // y = r + Σ_k q z_k
+  reconstruction,  // y = Σ_k q z_k, the nodes in the accumulation type
+  gradient         // dx = Σ_k q h_k + dl (p_k + 2 r_k x̃)
 };
 
 // z (or h) [B, K, C]; p, r [K, C] and centre [C] of the gradient.
 template <class T, Spread SPREAD>
 struct SpreadNodes {
-  using Z = std::conditional_t<SPREAD == Spread::gradient, acc_t<T>, T>;
+  using Z = std::conditional_t<SPREAD == Spread::reprojection, T, acc_t<T>>;
   const Z* z;
   const acc_t<T>*p, *r, *centre;
   bool vectors;  // z, p and r can be read by 16 bytes

@@ -64,7 +64,8 @@ Three encode_backward(Tensor de, Tensor x, Tensor c, Tensor s, Tensor q, Tensor 
     const Tensor h = empty(c, {B, K, C}), t = empty(c, {B, K});
     queue.launch(&encode_cotangents_kernel<T>, B * K, BLOCK, 0, const_data<T>(de), const_data<A>(c),
                  const_data<A>(nodes.centre), int(K), int(C), mutable_data<A>(h), mutable_data<A>(t));
-    const Tensor dl = assignment_gradient(queue, x, nodes, h, t, q, std::nullopt);
+    const Tensor dl = map_like(q, K, q.scalar_type());
+    assignment_gradient(queue, x, nodes.centre, h, t, q, std::nullopt, dl);
     if (need[0]) dx = features_gradient(queue, x, nodes, h, q, dl);
     if (!need[1] && !need[2]) return;
     const Gathered a = gather_squares(queue, dl, x, nodes.centre);

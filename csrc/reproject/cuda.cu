@@ -1,6 +1,4 @@
 // reproject on CUDA: allocate, launch, register.
-#include "reproject/kernels.cuh"
-
 #include <tuple>
 
 #include "soft_assign/launch.h"
@@ -31,17 +29,9 @@ std::tuple<Tensor, Tensor> reproject_backward(Tensor dy, Tensor z, Tensor q, Int
   const Queue queue(z);
   check(z, q, dy);
   STD_TORCH_CHECK(need.size() == 2, "segkernels: need must have 2 elements");
-  const int64_t B = z.size(0), size = z.size(1) * z.size(2);
-  const Tensor dz = need[0] ? empty(z, {B, z.size(1), z.size(2)}) : empty(z, {0});
+  const Tensor dz = need[0] ? empty(z, {z.size(0), z.size(1), z.size(2)}) : empty(z, {0});
   const Tensor dq = need[1] ? node_products(queue, dy, dense(z), q) : empty(q, {0});
-  if (need[0]) {
-    const Gathered gathered = gather_images(queue, q, dy, std::nullopt);
-    by_storage(z, [&](auto storage) {
-      using T = decltype(storage);
-      queue.launch(&reproject_finish_kernel<T>, ceil_div(B * size, BLOCK), BLOCK, 0,
-                   const_data<acc_t<T>>(gathered.sums), gathered.splits(), size, B, mutable_data<T>(dz));
-    });
-  }
+  if (need[0]) add_parts(queue, gather_images(queue, q, dy, std::nullopt), dz);
   return {dz, dq};
 }
 

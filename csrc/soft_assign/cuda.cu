@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "common/gather.cuh"
+#include "common/node_maps.h"
 #include "common/scores.cuh"
 #include "common/spread.cuh"
 #include "soft_assign/kernels.cuh"
@@ -11,39 +12,10 @@
 namespace segkernels::cuda {
 namespace {
 
-template <class T>
-PixelMap<T> pixel_map(const Tensor& map) {
-  const bool vectors = vectorises(16 / int(sizeof(T)), map.size(1), {&map});
-  if constexpr (std::is_const_v<T>)
-    return {const_data<std::remove_const_t<T>>(map), strides_of(map), vectors};
-  else
-    return {mutable_data<T>(map), strides_of(map), vectors};
-}
-// Whether rows of nodes [.., C] can be read by 16 bytes.
-bool nodes_vectorise(const Tensor& nodes) {
-  const int64_t C = nodes.size(nodes.dim() - 1);
-  return C * nodes.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(nodes.const_data_ptr()) % 16 == 0;
-}
-template <class T>
-PixelMap<T> pixel_map(const MaybeTensor& map) {
-  return map ? pixel_map<T>(*map) : PixelMap<T>{};
-}
-
-NodeShape shape_of(const Tensor& map, int64_t nodes) {
-  STD_TORCH_CHECK(map.size(2) * map.size(3) < int64_t(1) << 30, "segkernels: H·W must be below 2^30");
-  STD_TORCH_CHECK(nodes >= 1 && nodes <= 256, "segkernels: 1 to 256 nodes, got ", nodes);
-  return {int(map.size(2) * map.size(3)), int(map.size(3)), int(map.size(1)), int(nodes)};
-}
-
-Tensor map_like(const Tensor& map, int64_t channels, ScalarType type) {
-  const bool channels_last = is_channels_last(map_of(map));
-  return torch::stable::empty({map.size(0), channels, map.size(2), map.size(3)}, type, std::nullopt,
-                              map.device(), std::nullopt, format_of(channels_last));
-}
-
 template <class T, Score SCORE>
 void scores(const Queue& queue, const Tensor& x, const ScoreNodes<T, SCORE>& nodes,
             const ScoreMaps<acc_t<T>>& maps, int64_t K) {
+  STD_TORCH_CHECK(K >= 1 && K <= 256, "segkernels: 1 to 256 nodes, got ", K);
   const NodeShape shape = shape_of(x, K);
   const auto run = [&](auto nj, auto node_warps) {
     using Stage = ScoreStage<T, SCORE, nj, node_warps>;
@@ -112,6 +84,12 @@ void spread(const Queue& queue, const SpreadNodes<T, SPREAD>& nodes, const Sprea
 
 }  // namespace
 
+Tensor map_like(const Tensor& map, int64_t channels, ScalarType type) {
+  const bool channels_last = is_channels_last(map_of(map));
+  return torch::stable::empty({map.size(0), channels, map.size(2), map.size(3)}, type, std::nullopt,
+                              map.device(), std::nullopt, format_of(channels_last));
+}
+
 Tensor assign(const Queue& queue, const Tensor& x, const ScoreCoefficients& nodes) {
   const int64_t K = nodes.p.size(0);
   const Tensor q = map_like(x, K, acc_type(x.scalar_type()));
@@ -121,25 +99,50 @@ Tensor assign(const Queue& queue, const Tensor& x, const ScoreCoefficients& node
     scores<T, Score::assignment>(
         queue, x,
         {const_data<A>(nodes.p), const_data<A>(nodes.r), const_data<A>(nodes.b), const_data<A>(nodes.centre),
-         0, 0, int(nodes.b.size(0)), nodes_vectorise(nodes.p)},
+         nullptr, 0, 0, int(nodes.b.size(0)), nodes_vectorise(nodes.p)},
         {pixel_map<A>(q), {}, {}}, K);
   });
   return q;
 }
 
-Tensor assignment_gradient(const Queue& queue, const Tensor& x, const ScoreCoefficients& nodes,
-                           const Tensor& h, const Tensor& t, const Tensor& q, const MaybeTensor& dq) {
-  const int64_t K = h.size(1), C = h.size(2);
-  const Tensor dl = map_like(q, K, q.scalar_type());
+void assignment_gradient(const Queue& queue, const Tensor& x, const MaybeTensor& centre, const Tensor& h,
+                         const MaybeTensor& t, const Tensor& q, const MaybeTensor& dq, const Tensor& dl) {
+  const int64_t K = h.size(1);
   by_storage(x, [&](auto storage) {
     using T = decltype(storage);
     using A = acc_t<T>;
     scores<T, Score::gradient>(queue, x,
-                               {const_data<A>(h), nullptr, const_data<A>(t), const_data<A>(nodes.centre),
-                                K * C, K, 1, nodes_vectorise(h)},
+                               {const_data<A>(h), nullptr, data<A>(t), data<A>(centre), nullptr, h.stride(0),
+                                K, t ? 1 : 0, nodes_vectorise(h)},
                                {pixel_map<A>(dl), pixel_map<const A>(q), pixel_map<const A>(dq)}, K);
   });
-  return dl;
+}
+
+void responsibilities(const Queue& queue, const Tensor& x, const Tensor& p, const MaybeTensor& b,
+                      const MaybeTensor& lam, const Tensor& z) {
+  const int64_t K = p.size(1);
+  by_storage(x, [&](auto storage) {
+    using T = decltype(storage);
+    using A = acc_t<T>;
+    scores<T, Score::softmax>(queue, x,
+                              {const_data<A>(p), nullptr, data<A>(b), nullptr, data<A>(lam), p.stride(0), K,
+                               b ? 1 : 0, nodes_vectorise(p)},
+                              {pixel_map<A>(z), {}, {}}, K);
+  });
+}
+
+Tensor assignment_cotangent(const Queue& queue, const Tensor& dy, const Tensor& z, const MaybeTensor& dq) {
+  const int64_t K = z.size(1);
+  const Tensor sum = map_like(dy, K, z.scalar_type());
+  by_storage(dy, [&](auto storage) {
+    using T = decltype(storage);
+    using A = acc_t<T>;
+    scores<T, Score::cotangent>(
+        queue, dy,
+        {const_data<A>(z), nullptr, nullptr, nullptr, nullptr, z.stride(0), 0, 0, nodes_vectorise(z)},
+        {pixel_map<A>(sum), {}, pixel_map<const A>(dq)}, K);
+  });
+  return sum;
 }
 
 Tensor node_products(const Queue& queue, const Tensor& dy, const Tensor& z, const Tensor& q) {
@@ -147,9 +150,9 @@ Tensor node_products(const Queue& queue, const Tensor& dy, const Tensor& z, cons
   const Tensor dq = map_like(q, K, q.scalar_type());
   by_storage(dy, [&](auto storage) {
     using T = decltype(storage);
-    scores<T, Score::product>(queue, dy,
-                              {const_data<T>(z), nullptr, nullptr, nullptr, K * D, 0, 0, nodes_vectorise(z)},
-                              {pixel_map<acc_t<T>>(dq), {}, {}}, K);
+    scores<T, Score::product>(
+        queue, dy, {const_data<T>(z), nullptr, nullptr, nullptr, nullptr, K * D, 0, 0, nodes_vectorise(z)},
+        {pixel_map<acc_t<T>>(dq), {}, {}}, K);
   });
   return dq;
 }
@@ -161,6 +164,15 @@ Gathered gather_squares(const Queue& queue, const Tensor& a, const Tensor& x, co
   return gather<true>(queue, a, x, centre, 1);
 }
 
+void add_parts(const Queue& queue, const Gathered& gathered, const Tensor& out) {
+  const int64_t B = out.size(0), size = out.size(1) * out.size(2);
+  by_storage(out, [&](auto storage) {
+    using T = decltype(storage);
+    queue.launch(&node_sums_kernel<T>, ceil_div(B * size, BLOCK), BLOCK, 0,
+                 const_data<acc_t<T>>(gathered.sums), gathered.splits(), size, B, mutable_data<T>(out));
+  });
+}
+
 void reprojection(const Queue& queue, const Tensor& z, const Tensor& q, const MaybeTensor& r,
                   const Tensor& y) {
   by_storage(y, [&](auto storage) {
@@ -168,6 +180,16 @@ void reprojection(const Queue& queue, const Tensor& z, const Tensor& q, const Ma
     spread<T, Spread::reprojection>(
         queue, {const_data<T>(z), nullptr, nullptr, nullptr, nodes_vectorise(z)},
         {pixel_map<const acc_t<T>>(q), {}, pixel_map<const T>(r), pixel_map<T>(y)}, y, z.size(1));
+  });
+}
+
+void reconstruction(const Queue& queue, const Tensor& z, const Tensor& q, const Tensor& y) {
+  by_storage(y, [&](auto storage) {
+    using T = decltype(storage);
+    using A = acc_t<T>;
+    spread<T, Spread::reconstruction>(queue,
+                                      {const_data<A>(z), nullptr, nullptr, nullptr, nodes_vectorise(z)},
+                                      {pixel_map<const A>(q), {}, {}, pixel_map<T>(y)}, y, z.size(1));
   });
 }
 
@@ -250,7 +272,8 @@ Three soft_assign_backward(MaybeTensor dz, MaybeTensor dq, Tensor x, Tensor w, T
     queue.launch(&soft_assign_cotangents_kernel<T>, B * K, BLOCK, 0, data<T>(dz), const_data<A>(w),
                  const_data<A>(s), const_data<A>(nodes.centre), const_data<A>(e), const_data<A>(m), int(K),
                  int(C), Standardisation{average, normalise, eps}, mutable_data<A>(h), mutable_data<A>(t));
-    const Tensor dl = assignment_gradient(queue, x, nodes, h, t, q, dq);
+    const Tensor dl = map_like(q, K, q.scalar_type());
+    assignment_gradient(queue, x, nodes.centre, h, t, q, dq, dl);
     if (need[0]) dx = features_gradient(queue, x, nodes, h, q, dl);
     if (!need[1] && !need[2]) return;
     const Gathered a = gather_squares(queue, dl, x, nodes.centre);

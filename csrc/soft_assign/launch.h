@@ -9,6 +9,8 @@ namespace segkernels::cuda {
 using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
+// In all of these the rows of nodes, [.., C], are dense, and an absent addend is zero, an absent factor one.
+
 // Coefficients of scores, about `centre` [C]; see node_parameters.cuh.
 struct __attribute__((visibility("hidden"))) ScoreCoefficients {
   Tensor centre, p, r, b;
@@ -25,11 +27,19 @@ struct __attribute__((visibility("hidden"))) ScoreCoefficients {
   }
 };
 
+// An uninitialised map [B, channels, H, W] beside `map`, in its memory format.
+Tensor map_like(const Tensor& map, int64_t channels, ScalarType type);
+
 // q [B, K, H, W], in x's memory format.
 Tensor assign(const Queue& queue, const Tensor& x, const ScoreCoefficients& nodes);
-// dl = q (g − Σ_k q g), g = ⟨h_k, x̃⟩ + t_k + dq; h [B, K, C], t [B, K].
-Tensor assignment_gradient(const Queue& queue, const Tensor& x, const ScoreCoefficients& nodes,
-                           const Tensor& h, const Tensor& t, const Tensor& q, const MaybeTensor& dq);
+// z = softmax_k λ(⟨p_k, x⟩ + b_k) into z; p [B, K, C], b [B, K], λ one number.
+void responsibilities(const Queue& queue, const Tensor& x, const Tensor& p, const MaybeTensor& b,
+                      const MaybeTensor& lam, const Tensor& z);
+// dl = q (g − Σ_k q g) into dl, g = ⟨h_k, x̃⟩ + t_k + dq; h [B, K, C], t [B, K].
+void assignment_gradient(const Queue& queue, const Tensor& x, const MaybeTensor& centre, const Tensor& h,
+                         const MaybeTensor& t, const Tensor& q, const MaybeTensor& dq, const Tensor& dl);
+// ⟨z_k, dy⟩ + dq, [B, K, H, W]; z [B, K, D], in the accumulation type.
+Tensor assignment_cotangent(const Queue& queue, const Tensor& dy, const Tensor& z, const MaybeTensor& dq);
 // dq = ⟨z_k, dy⟩ like q; z [B, K, D].
 Tensor node_products(const Queue& queue, const Tensor& dy, const Tensor& z, const Tensor& q);
 
@@ -41,10 +51,14 @@ struct __attribute__((visibility("hidden"))) Gathered {
 };
 Gathered gather_images(const Queue& queue, const Tensor& a, const Tensor& x, const MaybeTensor& centre);
 Gathered gather_squares(const Queue& queue, const Tensor& a, const Tensor& x, const Tensor& centre);
+// The sums of images into `out` [B, K, C].
+void add_parts(const Queue& queue, const Gathered& gathered, const Tensor& out);
 
 // y = r + Σ_k q z_k into y.
 void reprojection(const Queue& queue, const Tensor& z, const Tensor& q, const MaybeTensor& r,
                   const Tensor& y);
+// y = Σ_k q z_k into y; z [B, K, D], in the accumulation type.
+void reconstruction(const Queue& queue, const Tensor& z, const Tensor& q, const Tensor& y);
 // dx = Σ_k q h_k + dl (p_k + 2 r_k x̃), like x.
 Tensor features_gradient(const Queue& queue, const Tensor& x, const ScoreCoefficients& nodes, const Tensor& h,
                          const Tensor& q, const Tensor& dl);

@@ -26,7 +26,7 @@ from tests.simt import executor
 from tests.views import VIEWS
 
 DTYPE = torch.bfloat16
-DEPTHWISE, SEPARABLE = "depthwise_conv2d", "separable_conv2d"
+DEPTHWISE, SEPARABLE, EM = "depthwise_conv2d", "separable_conv2d", "em_attention"
 OTHER_TYPES = re.compile(r" *case ScalarType::(?:Double|Float|Half):\n *return f\(.*\);\n")
 
 PROCESSES = multiprocessing.get_context("forkserver")  # each has PyTorch imported already
@@ -193,6 +193,30 @@ MUTANTS = {
         "depthwise_conv2d/kernels.cuh",
         "reversed ? K * K - 1 - e : e",
         "e",
+        "plain",
+        WRONG,
+    ),
+    "a stage written while it is read": Mutant(
+        EM,
+        "em_attention/pass.cuh",
+        "    __syncthreads();  // the stage before has been used\n    x.put(from_x, tile.x);\n",
+        "    x.put(from_x, tile.x);\n",
+        "watch",
+        "race: em_attention_pass_kernel" + PLACE + ".*, not ordered after",
+    ),
+    "no temperature in a backward": Mutant(
+        EM,
+        "em_attention/pass.cuh",
+        "[&](A a, int) { return lam * a; }",
+        "[&](A a, int) { return a; }",
+        "plain",
+        WRONG,
+    ),
+    "a gradient along the bases' length": Mutant(
+        EM,
+        "em_attention/kernels.cuh",
+        "A(dmu[c] / d - share * mu[c])",
+        "A(dmu[c] / d)",
         "plain",
         WRONG,
     ),

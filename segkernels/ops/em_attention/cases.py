@@ -100,7 +100,7 @@ AWKWARD = (
     Case("one_base", (2, 7, 5, 6), 1, temperature=0.5),
     Case("two_bases", (2, 33, 6, 7), 2, gradient="last+bases"),
     Case("one_channel", (2, 1, 6, 5), 4),
-    Case("wide", (2, 75, 9, 10), 32, iterations=1),
+    Case("wide", (2, 75, 9, 10), 40, iterations=1),
     Case("wide_vectors", (1, 136, 8, 16), 16, gradient="last+bases", temperature=2.0),
     Case("many_bases", (1, 20, 9, 11), 67, iterations=2),
     Case("most_bases", (1, 9, 5, 7), 256, iterations=2, norm="clamp"),
