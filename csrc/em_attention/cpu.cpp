@@ -38,10 +38,10 @@ struct Memory {
   }
 };
 
-Sizes sizes_of(const Tensor& x, const Tensor& mu, int64_t D) {
+// sums: how many bases the parts of an image keep sums of; what these take in memory limits the parts.
+Sizes sizes_of(const Tensor& x, const Tensor& mu, int64_t sums) {
   const Pixels p = pixels_of(x);
-  const int64_t K = mu.size(mu.dim() - 2);
-  return {p.B, p.N, p.C, D, K, parts_of(ceil_div(p.N, kBlock), p.N, 2 * K)};
+  return {p.B, p.N, p.C, mu.size(2), mu.size(1), parts_of(ceil_div(p.N, kBlock), p.N, sums)};
 }
 int64_t cost(const Sizes& s, int64_t products) { return 2 * products * s.N * s.C * s.K / s.splits; }
 
@@ -81,7 +81,7 @@ struct Fitting {
   Memory memory;
 
   Fitting(const Tensor& x, const Tensor& mu, const Optional& w, const Optional& b) {
-    call.sizes = sizes_of(x, mu, mu.size(2));
+    call.sizes = sizes_of(x, mu, mu.size(1));
     call.x = pixel_map<const T>(x);
     call.w = w ? const_data<A>(*w) : nullptr;
     call.b = b ? const_data<A>(*b) : nullptr;
@@ -222,7 +222,7 @@ struct Differentiating {
   std::vector<double> dlam;
 
   Differentiating(const Tensor& x, const Tensor& m, int64_t depth) {
-    call.sizes = sizes_of(x, m, m.size(2));
+    call.sizes = sizes_of(x, m, 2 * m.size(1));
     call.depth = depth;
     call.steps = std::max<int64_t>(1, depth);
     const Sizes& s = call.sizes;
