@@ -12,7 +12,7 @@ ARGS ?=
 
 help:
 	@echo "make demo    train, compare and time on this machine (about a minute after the set-up)"
-	@echo "make test    the tests, but for those marked slow: about seventeen minutes on two idle cores"
+	@echo "make test    the tests, but for those marked slow: about half an hour on two cores"
 	@echo "             ARGS='-k depthwise' picks tests"
 	@echo "make test-all  every test, the slow ones too (what pytest -m '' runs)"
 	@echo "make bench   the micro-benchmark suite       ARGS='--quick'"
