@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from segkernels.nn import pair
+from segkernels.nn import emau, pair
 from tests.simt import executor
 
 
@@ -62,4 +62,18 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         return operator(*args, backend=backend, **options)
 
     monkeypatch.setattr(pair, "separable_conv2d", noted)
+    return seen
+
+
+@pytest.fixture
+def folded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a convolution was folded, of every call of em_attention by a layer."""
+    seen: list[bool] = []
+    operator = emau.em_attention
+
+    def noted(*args: Any, **options: Any) -> Any:
+        seen.append(options.get("weight") is not None)
+        return operator(*args, **options)
+
+    monkeypatch.setattr(emau, "em_attention", noted)
     return seen

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkernels.nn import emau, pair
+from segkernels.nn import pair
 from segkernels.patch import CONTAINERS, LAYERS, Run, _difference, patch, unpatch
 from tests.published import (
     ASPP,
@@ -131,20 +131,6 @@ class Inputs(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [x[:1], x]
-
-
-@pytest.fixture
-def folded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether a convolution was folded, of every call of em_attention by a layer."""
-    seen: list[bool] = []
-    operator = emau.em_attention
-
-    def noted(*args: Any, **options: Any) -> Any:
-        seen.append(options.get("weight") is not None)
-        return operator(*args, **options)
-
-    monkeypatch.setattr(emau, "em_attention", noted)
-    return seen
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -140,6 +140,7 @@ struct Backward {
   double* dlam;   // [B, K]
 
   Stash kept() const { return {steps}; }
+  bool wants_u(int64_t step) const { return step > 0 || want_u; }
   int64_t at(int64_t image, int64_t step) const { return image * steps + step; }
 };
 

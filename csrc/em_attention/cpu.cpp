@@ -45,6 +45,29 @@ Sizes sizes_of(const Tensor& x, const Tensor& mu, int64_t sums) {
 }
 int64_t cost(const Sizes& s, int64_t products) { return 2 * products * s.N * s.C * s.K / s.splits; }
 
+// f(image, base) over all bases; cost: about the operations of one.
+template <class F>
+void over_bases(const Sizes& s, int64_t cost, const F& f) {
+  parallel_for(s.B * s.K, cost, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(i / s.K, i % s.K);
+  });
+}
+// The rows of each image as a table, `at` of the `per` that the image has.
+template <class A>
+void pack_summed(const Sizes& s, int64_t channels, const Table<A>& to, int64_t at = 0, int64_t per = 1) {
+  parallel_for(s.B, s.columns() * channels, [&](int64_t first, int64_t last) {
+    SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
+                          simd::pack_summed(s, channels, to.rows, i, to[i * per + at]))
+  });
+}
+template <class A>
+void pack_made(const Sizes& s, int64_t channels, const Table<A>& to, int64_t at = 0, int64_t per = 1) {
+  parallel_for(s.B, s.columns() * channels, [&](int64_t first, int64_t last) {
+    SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
+                          simd::pack_made(s, channels, to.rows, i, to[i * per + at]))
+  });
+}
+
 template <class T>
 acc_t<T> temperature(const Optional& lam) {
   return lam ? *const_data<acc_t<T>>(*lam) : acc_t<T>(1);
@@ -101,11 +124,8 @@ struct Fitting {
   }
 
   template <class F>
-  void rows(F f) const {
-    const Sizes& s = call.sizes;
-    parallel_for(s.B * s.K, s.D * 8, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) f(i / s.K, i % s.K);
-    });
+  void rows(const F& f) const {
+    over_bases(call.sizes, 8 * call.sizes.D, f);
   }
   // The E-step's table from m.
   void heat() {
@@ -113,12 +133,10 @@ struct Fitting {
     rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::heat_row(call, image, k)) });
     if (call.w)
       parallel_for(s.B * ceil_div(s.C, 32), s.K * s.D * 64, [&](int64_t first, int64_t last) {
-        SEGKERNELS_BY_ISA(simd::convolve_bases(call, first, last))
+        SEGKERNELS_BY_ISA(
+            simd::convolve<A>(s, s.D, s.C, call.heated, {call.w, s.C, 1}, call.scores.rows, first, last))
       });
-    parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
-                            simd::pack_summed(s, s.C, call.scores.rows, i, call.scores[i]))
-    });
+    pack_summed(s, s.C, call.scores);
   }
   void expect() {
     const Sizes& s = call.sizes;
@@ -132,7 +150,7 @@ struct Fitting {
     });
     if (!call.w) return;
     parallel_for(s.B * ceil_div(s.D, 32), s.K * s.C * 64, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ISA(simd::convolve_sums(call, first, last))
+      SEGKERNELS_BY_ISA(simd::convolve<A>(s, s.C, s.D, call.a, {call.w, 1, s.C}, call.folded, first, last))
     });
     rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::fit_row(call, image, k)) });
   }
@@ -142,10 +160,7 @@ struct Fitting {
       std::copy_n(call.m + (image * s.K + k) * s.D, s.D,
                   call.mixture.rows + (image * s.columns() + k) * row_step(s.D));
     });
-    parallel_for(s.B, s.columns() * s.D, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
-                            simd::pack_made(s, s.D, call.mixture.rows, i, call.mixture[i]))
-    });
+    pack_made(s, s.D, call.mixture);
     parallel_for(s.B * s.blocks(), 2 * kBlock * s.K * s.D, [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ISA(simd::reconstruct(call, first, last))
     });
@@ -242,26 +257,8 @@ struct Differentiating {
   }
 
   template <class F>
-  void rows(F f) const {
-    const Sizes& s = call.sizes;
-    parallel_for(s.B * s.K, s.C * 16, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) f(i / s.K, i % s.K);
-    });
-  }
-  // The rows of each image as a table, `at` of the `per` that the image has.
-  void pack_summed(const Table<A>& to, int64_t at = 0, int64_t per = 1) const {
-    const Sizes& s = call.sizes;
-    parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
-                            simd::pack_summed(s, s.C, to.rows, i, to[i * per + at]))
-    });
-  }
-  void pack_made(const Table<A>& to, int64_t at) const {
-    const Sizes& s = call.sizes;
-    parallel_for(s.B, s.columns() * s.C, [&](int64_t first, int64_t last) {
-      SEGKERNELS_BY_ISA(for (int64_t i = first; i < last; ++i)
-                            simd::pack_made(s, s.C, to.rows, i, to[call.at(i, at)]))
-    });
+  void rows(const F& f) const {
+    over_bases(call.sizes, 16 * call.sizes.C, f);
   }
 
   void run() {
@@ -269,11 +266,11 @@ struct Differentiating {
     const int64_t depth = call.depth;
     for (int64_t step = 0; step < call.steps; ++step) {
       rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::heat_row(call, image, step, k)) });
-      pack_summed(call.scores, step, call.steps);
-      pack_made(call.through_dl, step);
+      pack_summed(s, s.C, call.scores, step, call.steps);
+      if (call.dx.data) pack_made(s, s.C, call.through_dl, step, call.steps);
     }
     rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::last_row(call, image, k)) });
-    pack_summed(call.given);
+    pack_summed(s, s.C, call.given);
     parallel_for(s.parts(), cost(s, 3), [&](int64_t first, int64_t last) {
       SEGKERNELS_BY_ISA(simd::sweep_reconstruction(call, first, last))
     });
@@ -281,8 +278,8 @@ struct Differentiating {
       rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::fitted_row(call, image, k)) });
     for (int64_t step = depth - 1; step >= 0; --step) {
       rows([&](int64_t image, int64_t k) { SEGKERNELS_BY_ISA(simd::divide_row(call, image, step, k)) });
-      pack_summed(call.given);
-      pack_made(call.through_z, step);
+      pack_summed(s, s.C, call.given);
+      if (call.dx.data) pack_made(s, s.C, call.through_z, step, call.steps);
       parallel_for(s.parts(), cost(s, 3), [&](int64_t first, int64_t last) {
         SEGKERNELS_BY_ISA(simd::sweep_iteration(call, step, first, last))
       });

@@ -57,7 +57,7 @@ struct Sweep {
   // What follows dl of a block and a step: u += Σ dl x, and what later sweeps need, or dx.
   void finish(int64_t image, int64_t block, int64_t part, int64_t step) const {
     const int64_t pixels = s.pixels(block), last = call.steps - 1;
-    if (step > 0 || call.want_u) b.sum(pixels, dl, b.x, s.C, call.u + part * size);
+    if (call.wants_u(step)) b.sum(pixels, dl, b.x, s.C, call.u + part * size);
     if (step == 0) {
       if (call.dx.data) write_dx(image, block);
       return;
@@ -87,7 +87,7 @@ struct Sweep {
     const int64_t image = part / s.splits, step = call.steps - 1;
     const bool fitted = call.depth > 0 || call.want_bases;
     if (fitted) std::fill_n(call.fitted + part * size, size, A(0));
-    if (call.depth == 0 && call.want_u) std::fill_n(call.u + part * size, size, A(0));
+    if (call.depth == 0 && call.wants_u(step)) std::fill_n(call.u + part * size, size, A(0));
     for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
       const int64_t pixels = b.load_map(call.x, image, block, b.x);
       expect(image, block, step);
@@ -110,7 +110,7 @@ struct Sweep {
   void iteration(int64_t part, int64_t step) const {
     const int64_t image = part / s.splits;
     const A* shift = call.shift + image * columns;
-    std::fill_n(call.u + part * size, size, A(0));
+    if (call.wants_u(step)) std::fill_n(call.u + part * size, size, A(0));
     for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
       const int64_t pixels = b.load_map(call.x, image, block, b.x);
       b.multiply(pixels, columns, s.C, b.x, call.given[image], b.scores);
@@ -172,7 +172,7 @@ void last_row(const Backward<T>& call, int64_t image, int64_t k) {
   std::copy_n(call.m + (image * s.K + k) * s.C, s.C, table_row(call, image, k));
 }
 
-// dμ^T = Σ z dy + dm (+ dmu, where T = 0 left its scores' part there).
+// dμ^T = Σ z dy + dm.
 template <class T>
 void fitted_row(const Backward<T>& call, int64_t image, int64_t k) {
   using A = acc_t<T>;

@@ -233,35 +233,19 @@ void heat_row(const Forward<T>& call, int64_t image, int64_t k) {
   call.bias[at] = bias;
 }
 
-// The convolution of what was summed: folded = a wᵀ, kTile of D at a time; items are [B][tiles].
-template <class T>
-void convolve_sums(const Forward<T>& call, int64_t first, int64_t last) {
-  using A = acc_t<T>;
-  const Sizes& s = call.sizes;
-  Scratch memory(Fma<A>::right_bytes(s.C, kTile) + 64);
-  char* scratch = memory.take<char>(Fma<A>::right_bytes(s.C, kTile));
-  const int64_t tiles = ceil_div(s.D, kTile), columns = s.columns();
+// out = rows · w, [K][summed] · [summed][made] for every image, kTile columns at a time; items are
+// [B][tiles].
+template <class A>
+void convolve(const Sizes& s, int64_t summed, int64_t made, const A* rows, View<A> w, A* out, int64_t first,
+              int64_t last) {
+  Scratch memory(Fma<A>::right_bytes(summed, kTile) + 64);
+  char* scratch = memory.take<char>(Fma<A>::right_bytes(summed, kTile));
+  const int64_t tiles = ceil_div(made, kTile), from = row_step(summed), to = row_step(made);
   for (int64_t i = first; i < last; ++i) {
-    const int64_t image = i / tiles, d = i % tiles * kTile, n = std::min(kTile, s.D - d);
-    const View<A> a{call.a + image * columns * row_step(s.C), row_step(s.C), 1};
-    Fma<A>::multiply(s.K, n, s.C, a, Fma<A>::packed({call.w + d * s.C, 1, s.C}, s.C, n, scratch),
-                     call.folded + image * columns * row_step(s.D) + d, row_step(s.D), false);
-  }
-}
-
-// The convolution of the bases, transposed: the scores' rows = λμ w, kTile of C at a time.
-template <class T>
-void convolve_bases(const Forward<T>& call, int64_t first, int64_t last) {
-  using A = acc_t<T>;
-  const Sizes& s = call.sizes;
-  Scratch memory(Fma<A>::right_bytes(s.D, kTile) + 64);
-  char* scratch = memory.take<char>(Fma<A>::right_bytes(s.D, kTile));
-  const int64_t tiles = ceil_div(s.C, kTile), columns = s.columns();
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t image = i / tiles, c = i % tiles * kTile, n = std::min(kTile, s.C - c);
-    const View<A> mu{call.heated + image * columns * row_step(s.D), row_step(s.D), 1};
-    Fma<A>::multiply(s.K, n, s.D, mu, Fma<A>::packed({call.w + c, s.C, 1}, s.D, n, scratch),
-                     call.scores.rows + image * columns * row_step(s.C) + c, row_step(s.C), false);
+    const int64_t image = i / tiles, j = i % tiles * kTile, n = std::min(kTile, made - j);
+    const View<A> tile{w.p + j * w.column, w.row, w.column};
+    Fma<A>::multiply(s.K, n, summed, {rows + image * s.columns() * from, from, 1},
+                     Fma<A>::packed(tile, summed, n, scratch), out + image * s.columns() * to + j, to, false);
   }
 }
 

@@ -345,8 +345,11 @@ class EMAHead(BaseDecodeHead):
             ema_channels, num_bases, num_stages, momentum, backend=self.backend
         )
         self.ema_in_conv = self._conv(self.in_channels, ema_channels, 3)
-        bare: dict[str, Any] = {"act_cfg": None, "backend": self.backend}
-        bare |= {"conv_cfg": self.conv_cfg}
+        bare: dict[str, Any] = {
+            "act_cfg": None,
+            "backend": self.backend,
+            "conv_cfg": self.conv_cfg,
+        }
         self.ema_mid_conv = ConvModule(ema_channels, ema_channels, 1, norm_cfg=None, **bare)
         self.ema_mid_conv.requires_grad_(False)
         self.ema_out_conv = ConvModule(

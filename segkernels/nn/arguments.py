@@ -26,11 +26,16 @@ def check_positive(owner: str, **given: Any) -> None:
             )
 
 
+def is_positive(value: Any, most: float = math.inf) -> bool:
+    """A finite number above 0, at most ``most``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf and value <= most
+
+
 def check_weight(**given: Any) -> None:
     """Weights of losses."""
     for name, value in given.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and 0 < value < math.inf):
+        if not is_positive(value):
             raise UnsupportedInputError(
                 f"{name} is the weight of a loss, a positive number\n  {name}: {value!r}"
             )

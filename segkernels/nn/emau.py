@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from segkernels.fused import UnsupportedInputError
-from segkernels.nn.arguments import NormClass, check_positive, norm_maker
+from segkernels.nn.arguments import NormClass, check_positive, is_positive, norm_maker
 from segkernels.nn.pair import hooked
 from segkernels.nn.running_bases import begin, repeated, track, unit_bases
 from segkernels.ops.em_attention import GRADIENTS, NORMS, Gradient, Norm, em_attention
@@ -184,9 +184,7 @@ def _check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
 
 
 def _check_number(name: str, value: object, most: float) -> None:
-    """Positive, finite, at most ``most``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 < value <= most and value < math.inf):  # type: ignore[operator]
+    if not is_positive(value, most):
         raise UnsupportedInputError(
             f"EMAU: {name} must be a number above 0"
             f"{'' if most == math.inf else f', at most {most}'}\n  {name}: {value!r}"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import segkernels
-from segkernels.nn import EMAU, emau, running_bases
+from segkernels.nn import EMAU, running_bases
 from segkernels.ops.em_attention import GRADIENTS
 from tests.nn.composition import agree, close, scramble, trained
 
@@ -115,20 +115,6 @@ def test_as_published_the_iterations_have_no_gradient() -> None:
     assert torch.equal(x.grad, (y > 0).double())
     assert layer.project.weight.grad is None and layer.project.bias.grad is None
     assert layer.restore.weight.grad.any()
-
-
-@pytest.fixture
-def folded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether the convolution was folded, of every call of em_attention by a layer."""
-    seen: list[bool] = []
-    operator = emau.em_attention
-
-    def noted(*args: Any, **options: Any) -> Any:
-        seen.append(options.get("weight") is not None)
-        return operator(*args, **options)
-
-    monkeypatch.setattr(emau, "em_attention", noted)
-    return seen
 
 
 class Doubled(nn.Conv2d):

@@ -64,16 +64,11 @@ def em_attention(
     y = (mu.mT @ z).unflatten(2, x.shape[2:]).to(x.dtype)
     layout = memory_format(x)
     none, masses = mu.new_empty(0), mu.new_empty(*mu.shape[:2], 0)
-    between = [b for b in begins if b is not given]
     return (
         y.contiguous(memory_format=layout),
         z.unflatten(2, x.shape[2:]).contiguous(memory_format=layout) if assignment else none,
         mu.clone(),
-        none
-        if depth < 0
-        else torch.stack(between, 1)
-        if between
-        else mu.new_empty(len(mu), 0, *mu.shape[1:]),
+        none if depth < 0 else torch.stack(begins, 1)[:, begins[0] is given :],
         torch.stack([step.s for step in steps], 1) if steps else masses.transpose(1, 2),
         torch.stack([step.r for step in steps], 1) if steps else masses.transpose(1, 2),
     )
