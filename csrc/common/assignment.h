@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/ahead.h"
 #include "common/pixels.h"
 
 namespace segkernels {

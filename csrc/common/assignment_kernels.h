@@ -17,13 +17,14 @@ void load_block(const T* map, const Pixels& at, int64_t pixels, const A* centre,
   constexpr int64_t lanes = Vec<A>::lanes;
   const Vec<A> zero = splat(A(0));
   if (at.channel == 1) {
-    for (int64_t t = 0; t < pixels; ++t)
-      for (int64_t c = 0; c < at.C; c += lanes) {
-        const Mask m = lane_range<A>(0, at.C - c);
-        const T* from = map + t * at.pixel + c;
-        const Vec<A> x = m == all_lanes<A> ? load<A>(from) : load<A>(from, m);
-        store(out[t] + c, centre ? x - load(centre + c) : x);
-      }
+    for (int64_t t = 0; t < pixels; ++t) {
+      const T* from = map + t * at.pixel;
+      A* to = out[t];
+      const auto move = [&](int64_t c, Vec<A> x) { store(to + c, centre ? x - load(centre + c) : x); };
+      int64_t c = 0;
+      for (; c + lanes <= at.C; c += lanes) move(c, load<A>(from + c));
+      if (c < at.C) move(c, load<A>(from + c, lane_range<A>(0, at.C - c)));
+    }
     return;
   }
   for (int64_t c = 0; c < at.C; c += lanes)
@@ -45,10 +46,10 @@ void load_block(const T* map, const Pixels& at, int64_t pixels, const A* centre,
     }
 }
 
-// The block of pixels `first` on of an image of a map, as memory that is needed next.
+// Up to `most` pixels from `first` on of an image of a map, as memory that is needed next.
 template <class T>
-Ahead ahead_of(const T* image, const Pixels& at, int64_t first) {
-  const int64_t pixels = std::min(kPixels, at.N - first), size = sizeof(T);
+Ahead ahead_of(const T* image, const Pixels& at, int64_t first, int64_t most = kPixels) {
+  const int64_t pixels = std::min(most, at.N - first), size = sizeof(T);
   const char* p = reinterpret_cast<const char*>(image + first * at.pixel);
   if (pixels <= 0) return {};
   if (at.channel == 1) return {p, pixels, at.pixel * size, at.C * size};

@@ -1,6 +1,7 @@
 // What multiplies matrices of 16-bit numbers on this machine (common/gemm.h).
 #pragma once
 
+#include "common/ahead.h"
 #include "common/simd.h"
 #if SEGKERNELS_X86
 #include "common/amx.h"

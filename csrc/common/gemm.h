@@ -26,8 +26,13 @@ struct View {  // element (i, j) at p[i * row + j * column]; one of the strides 
 template <class A>
 struct Fma {
   using Acc = A;
-  static constexpr int64_t lanes = Vec<A>::lanes, kWidth = 2 * lanes,
-                           kRows = SEGKERNELS_VECTOR_BYTES == 64 ? 14 : 6, kDepth = 256;
+  // A tile of C stays in registers, up to kVectors wide. An element of A is a load as a vector of B is: wide
+  // and low tiles need fewest.
+  static constexpr int64_t lanes = Vec<A>::lanes, kWidth = kVectors * lanes;
+  static constexpr int64_t most_rows(int64_t vectors) {
+    return kVectors == 2 ? 6 : vectors == 4 ? 6 : vectors == 3 ? 8 : 14;
+  }
+  static constexpr int64_t kPanelBytes = 32 * 1024;  // of B, in the L1 cache
 
   using Left = View<A>;
   struct Right {  // element (k, n) at p[n / kWidth * panel + k * row + n % kWidth]
@@ -36,7 +41,7 @@ struct Fma {
   };
 
   static int64_t left_bytes(int64_t, int64_t) { return 0; }
-  static int64_t right_bytes(int64_t k, int64_t n) { return (n + kTile) * (k + kTile) * sizeof(A); }
+  static int64_t right_bytes(int64_t k, int64_t n) { return round_up(n, kWidth) * (k + kTile) * sizeof(A); }
 
   static Left left(View<A> x, int64_t, int64_t, void*) { return x; }
 
@@ -83,46 +88,63 @@ struct Fma {
       for (int64_t i = 0; i < k; ++i) panel[i * kWidth + j] = x[j * step + i];
   }
 
-  static void multiply(int64_t m, int64_t n, int64_t k, Left a, Right b, A* c, int64_t ldc, bool add) {
-    const int64_t parts = ceil_div(m, kRows);  // row blocks of nearly equal height
+  static void multiply(int64_t m, int64_t n, int64_t k, Left a, Right b, A* c, int64_t ldc, bool add,
+                       Ahead ahead = {}) {
     for (int64_t j = 0; j < n; j += kWidth)
-      for (int64_t l = 0; l == 0 || l < k; l += kDepth)  // what a panel has of it stays in the L1 cache
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t i = part * m / parts, rows = (part + 1) * m / parts - i;
-          by_rows<kRows>(rows, std::min(kDepth, k - l), Left{a.p + i * a.row + l * a.column, a.row, a.column},
-                         b.p + j / kWidth * b.panel + l * b.row, b.row, c + i * ldc + j, ldc, add || l > 0);
-        }
+      by_vectors<kVectors>(ceil_div(std::min(n - j, kWidth), lanes), m, k, a,
+                           Right{b.p + j / kWidth * b.panel, 0, b.row}, c + j, ldc, add, ahead);
   }
 
-  template <int64_t kMost>
+  template <int64_t kV>
+  SEGKERNELS_INLINE void by_vectors(int64_t vectors, int64_t m, int64_t k, Left a, Right b, A* c, int64_t ldc,
+                                    bool add, Ahead& ahead) {
+    if (vectors == kV) return panel<kV>(m, k, a, b, c, ldc, add, ahead);
+    if constexpr (kV > 1) by_vectors<kV - 1>(vectors, m, k, a, b, c, ldc, add, ahead);
+  }
+
+  template <int64_t kV>
+  static void panel(int64_t m, int64_t k, Left a, Right b, A* c, int64_t ldc, bool add, Ahead& ahead) {
+    constexpr int64_t kMost = most_rows(kV), kDepth = kPanelBytes / (kV * SEGKERNELS_VECTOR_BYTES);
+    const int64_t parts = ceil_div(m, kMost);  // row blocks of nearly equal height
+    for (int64_t l = 0; l == 0 || l < k; l += kDepth)
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t i = part * m / parts, rows = (part + 1) * m / parts - i;
+        by_rows<kV, kMost>(rows, std::min(kDepth, k - l),
+                           Left{a.p + i * a.row + l * a.column, a.row, a.column}, b.p + l * b.row, b.row,
+                           c + i * ldc, ldc, add || l > 0, ahead);
+      }
+  }
+
+  template <int64_t kV, int64_t kMost>
   SEGKERNELS_INLINE void by_rows(int64_t rows, int64_t k, Left a, const A* b, int64_t ldb, A* c, int64_t ldc,
-                                 bool add) {
-    if (rows == kMost) return block<kMost>(k, a, b, ldb, c, ldc, add);
-    if constexpr (kMost > 1) by_rows<kMost - 1>(rows, k, a, b, ldb, c, ldc, add);
+                                 bool add, Ahead& ahead) {
+    if (rows == kMost) return tile<kV, kMost>(k, a, b, ldb, c, ldc, add, ahead);
+    if constexpr (kMost > 1) by_rows<kV, kMost - 1>(rows, k, a, b, ldb, c, ldc, add, ahead);
   }
 
-  template <int64_t kM>
-  static void block(int64_t k, Left a, const A* b, int64_t ldb, A* c, int64_t ldc, bool add) {
-    Vec<A> c0[kM], c1[kM];
+  template <int64_t kV, int64_t kM>
+  static void tile(int64_t k, Left a, const A* b, int64_t ldb, A* c, int64_t ldc, bool add, Ahead& ahead) {
+    Vec<A> sum[kM][kV];
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kM; ++i) {
-      c0[i] = add ? load(c + i * ldc) : splat(A(0));
-      c1[i] = add ? load(c + i * ldc + lanes) : splat(A(0));
-    }
+    for (int64_t i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kV; ++v) sum[i][v] = add ? load(c + i * ldc + v * lanes) : splat(A(0));
     for (int64_t l = 0; l < k; ++l, b += ldb, a.p += a.column) {
-      const Vec<A> b0 = load(b), b1 = load(b + lanes);
+      if (l % 2) ahead.fetch();
+      Vec<A> bl[kV];
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kV; ++v) bl[v] = load(b + v * lanes);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kM; ++i) {
         const Vec<A> ai = splat(a.p[i * a.row]);
-        c0[i] = fma(ai, b0, c0[i]);
-        c1[i] = fma(ai, b1, c1[i]);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kV; ++v) sum[i][v] = fma(ai, bl[v], sum[i][v]);
       }
     }
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kM; ++i) {
-      store(c + i * ldc, c0[i]);
-      store(c + i * ldc + lanes, c1[i]);
-    }
+    for (int64_t i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kV; ++v) store(c + i * ldc + v * lanes, sum[i][v]);
   }
 };
 

@@ -12,8 +12,6 @@ namespace segkernels {
 namespace {
 namespace SEGKERNELS_ISA {
 
-constexpr int64_t kVectors = SEGKERNELS_VECTOR_BYTES == 64 ? 4 : 2;
-
 template <class A>
 struct Rows {
   A* p;
@@ -28,19 +26,6 @@ SEGKERNELS_INLINE A dot(int64_t channels, const A* a, const A* b) {
   for (int64_t c = 0; c < channels; c += Vec<A>::lanes) s = fma(load(a + c), load(b + c), s);
   return sum(s);
 }
-
-// Memory that is needed next: `rows` pieces of `bytes` bytes, `step` bytes apart. It is asked for little by
-// little while products are computed: the hardware foresees less, and a burst would stall it.
-struct Ahead {
-  const char* p = nullptr;
-  int64_t rows = 0, step = 0, bytes = 0;
-  int64_t asked = 0;
-
-  void fetch(int64_t done, int64_t all) {
-    for (const int64_t until = std::min(rows, done * rows / all); asked < until; ++asked)
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + asked * step + at, 0, 2);
-  }
-};
 
 // -- scores -----------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ struct Vec {
   static constexpr int64_t lanes = SEGKERNELS_VECTOR_BYTES / sizeof(A);
   Native v;
 };
+constexpr int64_t kVectors = SEGKERNELS_VECTOR_BYTES == 64 ? 4 : 2;  // of a tile of results, in registers
 using Vf = Vec<float>;
 using Vd = Vec<double>;
 

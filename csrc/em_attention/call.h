@@ -12,7 +12,7 @@
 namespace segkernels {
 namespace em {
 
-constexpr int64_t kBlock = 128;    // pixels
+constexpr int64_t kBlock = 96;     // pixels
 constexpr double kEpsilon = 1e-6;  // of the additive norm
 constexpr double kLeast = 1e-12;   // of the clamped one
 

@@ -38,10 +38,11 @@ struct Memory {
   }
 };
 
-// sums: how many bases the parts of an image keep sums of; what these take in memory limits the parts.
+// sums: how many bases the parts of an image keep sums of. What these take in memory limits the parts, which
+// are few also because a part begins with sums that are in no cache.
 Sizes sizes_of(const Tensor& x, const Tensor& mu, int64_t sums) {
   const Pixels p = pixels_of(x);
-  return {p.B, p.N, p.C, mu.size(2), mu.size(1), parts_of(ceil_div(p.N, kBlock), p.N, sums)};
+  return {p.B, p.N, p.C, mu.size(2), mu.size(1), parts_of(ceil_div(p.N, kBlock), p.N, 2 * sums)};
 }
 int64_t cost(const Sizes& s, int64_t products) { return 2 * products * s.N * s.C * s.K / s.splits; }
 

@@ -34,16 +34,17 @@ struct Sweep {
   }
 
   // The E-step of a block whose pixels are loaded.
-  void expect(int64_t image, int64_t block, int64_t step) const {
+  void expect(int64_t image, int64_t block, int64_t step, Ahead ahead = {}) const {
     const int64_t pixels = s.pixels(block);
-    b.multiply(pixels, columns, s.C, b.x, call.scores[call.at(image, step)], b.scores);
+    b.multiply(pixels, columns, s.C, b.x, call.scores[call.at(image, step)], b.scores, false, ahead);
     responsibilities(pixels, columns, b.read(b.scores), call.bias, b.z);
   }
   // dx of a block: Σ of z da + dl λμ over the steps. Those of the first are at hand.
   void write_dx(int64_t image, int64_t block) const {
     const int64_t pixels = s.pixels(block), last = call.steps - 1;
     const Rows<A> dx = b.target(call.dx, image, block);
-    b.multiply(pixels, s.C, columns, dl, call.through_dl[call.at(image, 0)], dx);
+    b.multiply(pixels, s.C, columns, dl, call.through_dl[call.at(image, 0)], dx, false,
+               b.ahead(call.dx, image, block + 1));
     if (call.depth > 0) b.multiply(pixels, s.C, columns, b.z, call.through_z[call.at(image, 0)], dx, true);
     for (int64_t step = 1; step <= last; ++step) {
       Rows<A> z = stash(image, block, call.kept().z(step));
@@ -57,7 +58,7 @@ struct Sweep {
   // What follows dl of a block and a step: u += Σ dl x, and what later sweeps need, or dx.
   void finish(int64_t image, int64_t block, int64_t part, int64_t step) const {
     const int64_t pixels = s.pixels(block), last = call.steps - 1;
-    if (call.wants_u(step)) b.sum(pixels, dl, b.x, s.C, call.u + part * size);
+    if (call.wants_u(step)) b.sum(pixels, dl, b.x, s.C, call.u + part * size, block > s.first_block(part));
     if (step == 0) {
       if (call.dx.data) write_dx(image, block);
       return;
@@ -69,7 +70,9 @@ struct Sweep {
   // dl = dz of the last step, from y and z; zero where neither has a cotangent. y's is in `out`.
   void cotangent(int64_t image, int64_t block) const {
     const int64_t pixels = s.pixels(block);
-    if (call.dy.data) b.multiply(pixels, columns, s.C, b.out, call.given[image], b.scores);
+    if (call.dy.data)
+      b.multiply(pixels, columns, s.C, b.out, call.given[image], b.scores, false,
+                 b.ahead(call.dy, image, block + 1));
     if (call.dz.data) b.load_map(call.dz, image, block, dl);
     for (int64_t t = 0; t < pixels; ++t)
       for (int64_t k = 0; k < columns; k += Vec<A>::lanes) {
@@ -86,14 +89,13 @@ struct Sweep {
   void reconstruction(int64_t part) const {
     const int64_t image = part / s.splits, step = call.steps - 1;
     const bool fitted = call.depth > 0 || call.want_bases;
-    if (fitted) std::fill_n(call.fitted + part * size, size, A(0));
-    if (call.depth == 0 && call.wants_u(step)) std::fill_n(call.u + part * size, size, A(0));
+    if (fitted && !call.dy.data) std::fill_n(call.fitted + part * size, size, A(0));
     for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
       const int64_t pixels = b.load_map(call.x, image, block, b.x);
-      expect(image, block, step);
+      expect(image, block, step, b.ahead(call.x, image, block + 1));
       if (call.dy.data) {
         b.load_map(call.dy, image, block, b.out);
-        if (fitted) b.sum(pixels, b.z, b.out, s.C, call.fitted + part * size);
+        if (fitted) b.sum(pixels, b.z, b.out, s.C, call.fitted + part * size, block > s.first_block(part));
       }
       cotangent(image, block);
       if (call.depth > 0) {
@@ -110,10 +112,10 @@ struct Sweep {
   void iteration(int64_t part, int64_t step) const {
     const int64_t image = part / s.splits;
     const A* shift = call.shift + image * columns;
-    if (call.wants_u(step)) std::fill_n(call.u + part * size, size, A(0));
     for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
       const int64_t pixels = b.load_map(call.x, image, block, b.x);
-      b.multiply(pixels, columns, s.C, b.x, call.given[image], b.scores);
+      b.multiply(pixels, columns, s.C, b.x, call.given[image], b.scores, false,
+                 b.ahead(call.x, image, block + 1));
       if (step == call.steps - 1) {
         copy(pixels, stash(image, block, call.kept().z(step)), b.z);
         add_scores<true>(pixels, columns, b.read(b.scores), shift, stash(image, block, call.kept().dl(step)),

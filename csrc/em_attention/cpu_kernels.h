@@ -112,17 +112,22 @@ struct Block {
     load_block(map.block(image, block), map.at, s.pixels(block), static_cast<const A*>(nullptr), rows);
     return s.pixels(block);
   }
+  template <class S>
+  Ahead ahead(const PixelMap<S>& map, int64_t image, int64_t block) const {
+    return ahead_of(map.data + image * map.at.sample, map.at, block * kBlock, kBlock);
+  }
   // result[t][·] (+)= rows[t][·] · table, n of them, k summed
   void multiply(int64_t pixels, int64_t n, int64_t k, Rows<A> rows, const char* table, Rows<A> result,
-                bool add = false) const {
+                bool add = false, Ahead ahead = {}) const {
     Fma<A>::multiply(pixels, n, k, {rows.p, rows.step, 1}, Fma<A>::right_at(table, k), result.p, result.step,
-                     add);
+                     add, ahead);
   }
-  // sums[k][c] += Σ_t q[t][k] rows[t][c]
-  void sum(int64_t pixels, Rows<A> q, Rows<A> rows, int64_t channels, A* sums) const {
+  // sums[k][c] (+)= Σ_t q[t][k] rows[t][c]
+  void sum(int64_t pixels, Rows<A> q, Rows<A> rows, int64_t channels, A* sums, bool add,
+           Ahead ahead = {}) const {
     const View<A> right{rows.p, rows.step, 1};
     Fma<A>::multiply(s.K, channels, pixels, {q.p, 1, q.step}, Fma<A>::right(right, pixels, channels, nullptr),
-                     sums, row_step(channels), true);
+                     sums, row_step(channels), add, ahead);
   }
   // Where a block of a map is made: in the map itself where that has room for all that products write.
   template <class S>
@@ -158,10 +163,7 @@ void expect(const Forward<T>& call, int64_t first, int64_t last) {
   for (int64_t part = first; part < last; ++part) {
     const int64_t image = part / s.splits;
     A *masses = call.masses + part * columns, *sums = call.sums + part * size;
-    if (call.sums_wanted) {
-      std::fill_n(masses, columns, A(0));
-      std::fill_n(sums, size, A(0));
-    }
+    if (call.sums_wanted) std::fill_n(masses, columns, A(0));
     for (int64_t block = s.first_block(part); block < s.last_block(part); ++block) {
       const int64_t pixels = b.load_map(call.x, image, block, b.x);
       const Rows<A> z = call.last ? rows_of(call, image, block) : b.z;
@@ -170,7 +172,7 @@ void expect(const Forward<T>& call, int64_t first, int64_t last) {
       if (call.last && call.z.data) store_block(b.read(z), pixels, call.z.block(image, block), call.z.at);
       if (!call.sums_wanted) continue;
       add_rows(pixels, columns, b.read(z), masses);
-      b.sum(pixels, z, b.x, s.C, sums);
+      b.sum(pixels, z, b.x, s.C, sums, block > s.first_block(part), b.ahead(call.x, image, block + 1));
     }
   }
 }
@@ -185,7 +187,8 @@ void reconstruct(const Forward<T>& call, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
     const int64_t image = i / s.blocks(), block = i % s.blocks();
     const Rows<A> y = b.target(call.y, image, block);
-    b.multiply(s.pixels(block), s.D, s.columns(), rows_of(call, image, block), call.mixture[image], y);
+    b.multiply(s.pixels(block), s.D, s.columns(), rows_of(call, image, block), call.mixture[image], y, false,
+               b.ahead(call.y, image, block + 1));
     b.deliver(y, call.y, image, block);
   }
 }
