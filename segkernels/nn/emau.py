@@ -7,10 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from segkernels.fused import UnsupportedInputError
 from segkernels.nn.arguments import NormClass, check_positive, is_positive, norm_maker
-from segkernels.nn.pair import hooked
+from segkernels.nn.batch_norm import affine, uses_batch_moments
+from segkernels.nn.pair import hooked, norm_obstacle, pointwise_obstacle
 from segkernels.nn.running_bases import begin, repeated, track, unit_bases
 from segkernels.ops.em_attention import GRADIENTS, NORMS, Gradient, Norm, em_attention
 from segkernels.overrides import overridable
@@ -62,6 +64,22 @@ def _foldable(conv: nn.Conv2d) -> bool:
     own = type(conv).forward is nn.Conv2d.forward and not hooked(conv)
     in_place = conv.kernel_size == conv.stride == (1, 1) and conv.padding in ((0, 0), "same")
     return own and in_place and conv.groups == 1
+
+
+def restored(y: Tensor, x: Tensor, restore: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """φ(x + N(V φ(y))); y is lost to it. A BatchNorm in evaluation is folded into V, where nothing
+    hangs on the two being called.
+    """
+    y = y.relu_()
+    plain = isinstance(norm, nn.BatchNorm2d) and not uses_batch_moments(norm)
+    if plain and norm_obstacle(norm) is None and pointwise_obstacle(restore) is None:
+        scale, shift, _ = affine([norm])
+        assert scale is not None and shift is not None
+        folded = restore.weight * scale[:, None, None, None]
+        y = F.conv2d(y, folded.to(restore.weight.dtype), shift.to(restore.weight.dtype))
+    else:
+        y = norm(restore(y))
+    return (y + x).relu_()
 
 
 class RunningBases(nn.Module):
@@ -158,7 +176,7 @@ class EMAU(nn.Module):
             norm=self.norm_kind,
             backend=self.backend,
         )
-        y = (self.norm(self.restore(reconstruction.relu_())) + x).relu_()
+        y = restored(reconstruction, x, self.restore, self.norm)
         return Attended(y, bases) if self.external else y
 
     def update(self, bases: Tensor) -> None:

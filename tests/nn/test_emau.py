@@ -142,6 +142,19 @@ def test_the_convolution_is_folded_where_it_is_one(folded: list[bool]) -> None:
     assert not folded[-1]
 
 
+def test_in_evaluation_the_norm_is_folded_into_the_convolution() -> None:
+    layer = EMAU(6, 3).double().eval()
+    scramble(layer)
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    calls = []
+    with torch.no_grad():
+        folded = layer(x)
+        layer.norm.register_forward_hook(lambda *_: calls.append("norm"))
+        apart = layer(x)
+    assert calls == ["norm"]
+    close(folded, apart, 1e-12)
+
+
 class Scale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
