@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from segkernels.fused import UnsupportedInputError
 from segkernels.nn.arguments import NormClass, check_positive, is_positive, norm_maker
 from segkernels.nn.batch_norm import affine, uses_batch_moments
-from segkernels.nn.pair import hooked, norm_obstacle, pointwise_obstacle
+from segkernels.nn.pair import norm_obstacle, pointwise_obstacle
 from segkernels.nn.running_bases import begin, repeated, track, unit_bases
 from segkernels.ops.em_attention import GRADIENTS, NORMS, Gradient, Norm, em_attention
 from segkernels.overrides import overridable
@@ -49,7 +49,7 @@ def attend(
     :func:`segkernels.nn.running_bases.track`; the rest: of em_attention.
     """
     given = begin(owner, bases, x)
-    if isinstance(before, nn.Conv2d) and gradient == "none" and _foldable(before):
+    if isinstance(before, nn.Conv2d) and gradient == "none" and pointwise_obstacle(before) is None:
         options |= {"weight": before.weight, "bias": before.bias}
     elif before is not None:
         x = before(x)
@@ -59,24 +59,22 @@ def attend(
     return y, found
 
 
-def _foldable(conv: nn.Conv2d) -> bool:
-    """Whether calling it is W x + b at every pixel, and nothing else."""
-    own = type(conv).forward is nn.Conv2d.forward and not hooked(conv)
-    in_place = conv.kernel_size == conv.stride == (1, 1) and conv.padding in ((0, 0), "same")
-    return own and in_place and conv.groups == 1
-
-
-def restored(y: Tensor, x: Tensor, restore: nn.Conv2d, norm: nn.Module) -> Tensor:
+def _restored(y: Tensor, x: Tensor, restore: nn.Conv2d, norm: nn.Module) -> Tensor:
     """φ(x + N(V φ(y))); y is lost to it. A BatchNorm in evaluation is folded into V, where nothing
     hangs on the two being called.
     """
     y = y.relu_()
-    plain = isinstance(norm, nn.BatchNorm2d) and not uses_batch_moments(norm)
-    if plain and norm_obstacle(norm) is None and pointwise_obstacle(restore) is None:
+    if (
+        isinstance(norm, nn.BatchNorm2d)
+        and norm_obstacle(norm) is None
+        and not uses_batch_moments(norm)
+        and pointwise_obstacle(restore) is None
+        and restore.bias is None
+    ):
         scale, shift, _ = affine([norm])
         assert scale is not None and shift is not None
-        folded = restore.weight * scale[:, None, None, None]
-        y = F.conv2d(y, folded.to(restore.weight.dtype), shift.to(restore.weight.dtype))
+        weight = restore.weight
+        y = F.conv2d(y, (weight * scale[:, None, None, None]).to(weight), shift.to(weight))
     else:
         y = norm(restore(y))
     return (y + x).relu_()
@@ -176,7 +174,7 @@ class EMAU(nn.Module):
             norm=self.norm_kind,
             backend=self.backend,
         )
-        y = restored(reconstruction, x, self.restore, self.norm)
+        y = _restored(reconstruction, x, self.restore, self.norm)
         return Attended(y, bases) if self.external else y
 
     def update(self, bases: Tensor) -> None:
