@@ -200,12 +200,11 @@ def em_attention(
     E -= iterations <= E  # where the first step begins from mu, that is known
     h = mu.new_empty((B, E, K, D) if depth >= 0 else (0,))
     s, r = (mu.new_empty(B, max(0, depth), K) for _ in range(2))
-    last = max(1, iterations)
     m = mu.contiguous()
     for t in range(1, iterations + 1):
-        after, step = t - last + E, t - 1 - last + depth
+        after, step = t - iterations + E, t - 1 - iterations + depth
         m = m_step(
-            sums_of(x, m, lam, w, b, z if t == last else None),
+            sums_of(x, m, lam, w, b, z if t == iterations else None),
             h[:, after] if 0 <= after < E else mu.new_empty(B, K, D),
             s[:, step] if step >= 0 else None,
             r[:, step] if step >= 0 else None,

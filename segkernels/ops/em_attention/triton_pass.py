@@ -3,6 +3,8 @@ unless they are asked for, and their products with the same pixels, summed.
 
 A program owns some tiles of an image, and a share of the sums. For each tile it walks over the
 channels once for the rows, then once for the sums; the features are still in a cache by then.
+Nothing is kept from tile to tile but the masses: addresses of all maps would not leave registers
+enough (`disable_licm`).
 """
 
 from __future__ import annotations
@@ -170,12 +172,13 @@ def in_one_kernel(x: torch.Tensor, bases: int) -> bool:
 
 
 def pass_tile(x: torch.Tensor, bases: int) -> dict[str, int]:
-    """Blocks of a pass, and its warps. Few channels of float32 and float16, where a thread keeps
-    all factors of a product, and two halves of each."""
-    few = x.dtype != torch.bfloat16 and not layouts.INTERPRETED
+    """Blocks of a pass, and its warps. Few channels at a time of float32 and float16, where a
+    thread keeps all factors of a product, and two halves of each; of NCHW an address an element.
+    """
+    few = x.dtype != torch.bfloat16 or not layouts.is_channels_last(x)
     return {
         "BLOCK_N": layouts.fit(x.size(2) * x.size(3), 64),
-        "BLOCK_C": layouts.fit(x.size(1), 16 if few else 32),
+        "BLOCK_C": layouts.fit(x.size(1), 16 if few and not layouts.INTERPRETED else 32),
         "BLOCK_K": layouts.fit(bases, 64),
         "num_warps": 8,
         "num_stages": 2 if x.element_size() == 2 else 1,
