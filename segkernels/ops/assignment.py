@@ -33,6 +33,57 @@ class Logits(NamedTuple):
 
 
 @triton.jit
+def assigned(
+    x,
+    lam,  # or None: 1
+    centre,  # [C] or None
+    p,  # [K, C]
+    r,  # [K, C], or [K] where ISOTROPIC, or None
+    b,  # [shares, K] or None
+    strides,
+    sample,
+    n,
+    k,
+    K,
+    C,
+    N,
+    shares,
+    ISOTROPIC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """q of pixels n and all nodes k: softmax over k of λ(⟨p, x̃⟩ + ⟨r, x̃²⟩ + b).
+
+    The products of a block of channels are summed by themselves before they are added: of logits in
+    the hundreds, rounding errors stay those of short sums.
+    """
+    logits = tl.zeros((n.shape[0], k.shape[1]), ACC)
+    squares = tl.zeros((n.shape[0],), ACC)
+    for first in range(0, C, BLOCK_C):
+        channels = first + tl.arange(0, BLOCK_C)
+        c = channels[:, None]
+        t = centred(x, centre, strides, sample, n, channels[None, :], N, C, ALIGN)
+        part = tl.zeros(logits.shape, ACC)
+        if r is not None:
+            if ISOTROPIC:
+                squares += tl.sum(t * t, axis=1)
+            else:
+                part = tiles.product(t * t, of_nodes(r, k, c, K, C), part, SPLIT)
+        logits += tiles.product(t, of_nodes(p, k, c, K, C), part, SPLIT)
+    if ISOTROPIC:
+        logits += squares[:, None] * tl.load(r + k, mask=k < K, other=0.0)
+    if b is not None:
+        logits += total(b, k, k < K, shares, K, 16)[None, :]
+    if lam is not None:
+        logits *= tl.load(lam)
+    logits = tl.where(k < K, logits, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return weights / tl.sum(weights, axis=1)[:, None]
+
+
+@triton.jit
 def assignment_softmax_kernel(
     x,
     lam,  # or None: 1
@@ -57,40 +108,19 @@ def assignment_softmax_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """q = softmax over k of λ(⟨p, x̃⟩ + ⟨r, x̃²⟩ + b).
-
-    The products of a block of channels are summed by themselves before they are added: of logits in
-    the hundreds, rounding errors stay those of short sums.
-    """
+    """q of a tile of pixels."""
     C = aligned(C, ALIGN)
     _, sample, _, start = tiles.this_tile(N, 1, BLOCK_N)
     own = tl.program_id(1)
     n = (start + tl.arange(0, BLOCK_N))[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
     p += sample * strides_p[0] + own * strides_p[1]
-    logits = tl.zeros((BLOCK_N, BLOCK_K), ACC)
-    squares = tl.zeros((BLOCK_N,), ACC)
-    for first in range(0, C, BLOCK_C):
-        channels = first + tl.arange(0, BLOCK_C)
-        c = channels[:, None]
-        t = centred(x, centre, strides_x, sample, n, channels[None, :], N, C, ALIGN)
-        part = tl.zeros((BLOCK_N, BLOCK_K), ACC)
-        if r is not None:
-            if ISOTROPIC:
-                squares += tl.sum(t * t, axis=1)
-            else:
-                part = tiles.product(t * t, of_nodes(r, k, c, K, C), part, SPLIT)
-        logits += tiles.product(t, of_nodes(p, k, c, K, C), part, SPLIT)
-    if ISOTROPIC:
-        logits += squares[:, None] * tl.load(r + k, mask=k < K, other=0.0)
     if b is not None:
         b += sample * strides_b[0] + own * strides_b[1]
-        logits += total(b, k, k < K, shares, K, 16)[None, :]
-    if lam is not None:
-        logits *= tl.load(lam)
-    logits = tl.where(k < K, logits, float("-inf"))
-    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    weights = weights / tl.sum(weights, axis=1)[:, None]
+    weights = assigned(
+        *(x, lam, centre, p, r, b, strides_x, sample, n, k, K, C, N, shares),
+        *(ISOTROPIC, SPLIT, ACC, ALIGN, BLOCK_C),
+    )
     at = tiles.at_pixels(strides_q, sample, own * K + k, n, 1)
     tl.store(q + at, weights, mask=(n < N) & (k < K))
 
@@ -122,6 +152,45 @@ def projected(
 
 
 @triton.jit
+def sloped(
+    x,
+    q,
+    dq,  # or None
+    dy,  # or None
+    centre,  # [C] or None
+    h,  # [K, C] or None
+    t,  # [K]
+    z,  # [K, C]
+    strides_x,
+    strides_q,
+    strides_dq,
+    strides_dy,
+    sample,
+    n,
+    k,
+    K,
+    C,
+    N,
+    SPLIT: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dl of pixels n and all nodes k: q·(g − Σ q·g) with g = dq + ⟨z, dy⟩ + ⟨h, x̃⟩ + t."""
+    live = (n < N) & (k < K)
+    g = tl.zeros((n.shape[0], k.shape[1]), ACC)
+    if dy is not None:
+        g = projected(g, dy, None, z, strides_dy, sample, n, k, K, C, N, SPLIT, ALIGN, BLOCK_C)
+    if h is not None:
+        g = projected(g, x, centre, h, strides_x, sample, n, k, K, C, N, SPLIT, ALIGN, BLOCK_C)
+        g += tl.load(t + k, mask=k < K, other=0.0)
+    if dq is not None:
+        g += tl.load(dq + tiles.at_pixels(strides_dq, sample, k, n, 1), mask=live, other=0.0)
+    weights = tl.load(q + tiles.at_pixels(strides_q, sample, k, n, 1), mask=live, other=0.0)
+    return weights * (g - tl.sum(weights * g, axis=1)[:, None])
+
+
+@triton.jit
 def assignment_slopes_kernel(
     x,
     q,
@@ -148,25 +217,22 @@ def assignment_slopes_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dl = q·(g − Σ q·g) with g = dq + ⟨z, dy⟩ + ⟨h, x̃⟩ + t."""
+    """dl of a tile of pixels."""
     C = aligned(C, ALIGN)
     _, sample, _, start = tiles.this_tile(N, 1, BLOCK_N)
     n = (start + tl.arange(0, BLOCK_N))[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
-    live = (n < N) & (k < K)
-    g = tl.zeros((BLOCK_N, BLOCK_K), ACC)
-    if dy is not None:
-        z += sample * K * C
-        g = projected(g, dy, None, z, strides_dy, sample, n, k, K, C, N, SPLIT, ALIGN, BLOCK_C)
     if h is not None:
         h += sample * stride_h
-        g = projected(g, x, centre, h, strides_x, sample, n, k, K, C, N, SPLIT, ALIGN, BLOCK_C)
-        g += tl.load(t + sample * K + k, mask=k < K, other=0.0)
-    if dq is not None:
-        g += tl.load(dq + tiles.at_pixels(strides_dq, sample, k, n, 1), mask=live, other=0.0)
-    weights = tl.load(q + tiles.at_pixels(strides_q, sample, k, n, 1), mask=live, other=0.0)
-    g = weights * (g - tl.sum(weights * g, axis=1)[:, None])
-    tl.store(dl + tiles.at_pixels(strides_dl, sample, k, n, 1), g, mask=live)
+        t += sample * K
+    if dy is not None:
+        z += sample * K * C
+    slope = sloped(
+        *(x, q, dq, dy, centre, h, t, z, strides_x, strides_q, strides_dq, strides_dy),
+        *(sample, n, k, K, C, N, SPLIT, ACC, ALIGN, BLOCK_C),
+    )
+    at = tiles.at_pixels(strides_dl, sample, k, n, 1)
+    tl.store(dl + at, slope, mask=(n < N) & (k < K))
 
 
 @triton.jit

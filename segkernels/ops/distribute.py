@@ -64,6 +64,8 @@ def distribute(
     (q, r), strides = flat(q, r)
     N = y.size(2) * y.size(3)
     block_n, block_k, block_d, warps = layouts.product_shape(y.dtype, N, K, D, 64)
+    if y.dtype == torch.float16 and not layouts.INTERPRETED:  # two halves of each
+        block_k = 16
     apart = [s[i] for s in (strides[1], layouts.map_strides(y)) for i in (0, 2)]
     distribute_kernel[(triton.cdiv(N, block_n) * B, triton.cdiv(D, block_d))](
         *(z, q, r, y, K, D, N, z.stride(0)),
@@ -75,6 +77,6 @@ def distribute(
         BLOCK_D=block_d,
         BLOCK_K=block_k,
         num_warps=warps,
-        num_stages=2,
+        num_stages=2 if block_k < K else 1,  # of a single block there is none to fetch ahead
     )
     return y

@@ -269,6 +269,7 @@ EM = {  # (B, C, H, W), D, T, arguments; D: a folded convolution to as many chan
     "full": ((2, 7, 5, 6), None, 2, {"gradient": "full", "own": True, "norm": "clamp"}),
     "no-iteration": ((2, 7, 5, 6), None, 0, {"gradient": "full", "own": True}),
     "none": ((2, 7, 5, 6), None, 2, {"gradient": "none", "own": True}),
+    "shares-of-tiles": ((1, 3, 46, 45), None, 2, {"gradient": "full", "temperature": 1.5}),
     "folded": ((2, 7, 5, 6), 9, 2, {"gradient": "none", "temperature": 0.5}),
     "folded-own": ((2, 19, 5, 6), 3, 2, {"gradient": "none", "own": True}),
     "folded-no-bias": ((1, 7, 5, 6), 17, 0, {"gradient": "none", "bias": False}),

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from segkernels.ops import layouts, node_sums
-from segkernels.ops.assignment import Logits, assign, slopes
+from segkernels.ops.assignment import Logits, assign
 from segkernels.ops.distribute import distribute
+from segkernels.ops.em_attention.triton_pass import expectation, gradient
 from segkernels.ops.node_sums import total
 
 EPSILON = tl.constexpr(1e-6)  # of the additive norm
@@ -147,10 +148,15 @@ def logits_of(mu: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None) 
 
 
 def sums_of(
-    z: torch.Tensor, x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None
+    x: torch.Tensor,
+    mu: torch.Tensor,
+    lam: torch.Tensor | None,
+    w: torch.Tensor | None,
+    b: torch.Tensor | None,
+    z: torch.Tensor | None,  # [B, K, H, W], to be written if it is wanted
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shares of s, [B, shares, K], and of a, [B, shares, K, D]."""
-    a0, a1, _ = node_sums.sums(z, x, None)
+    a0, a1 = expectation(x, logits_of(mu, w, b), lam, z)
     if w is None:
         return a0, a1
     s = node_sums.totals(a0[..., None], a0.dtype)  # [B, K, 1]
@@ -194,19 +200,18 @@ def em_attention(
     E -= iterations <= E  # where the first step begins from mu, that is known
     h = mu.new_empty((B, E, K, D) if depth >= 0 else (0,))
     s, r = (mu.new_empty(B, max(0, depth), K) for _ in range(2))
-    last = max(1, iterations)
     m = mu.contiguous()
-    for t in range(1, last + 1):
+    for t in range(1, iterations + 1):
+        after, step = t - iterations + E, t - 1 - iterations + depth
+        m = m_step(
+            sums_of(x, m, lam, w, b, z if t == iterations else None),
+            h[:, after] if 0 <= after < E else mu.new_empty(B, K, D),
+            s[:, step] if step >= 0 else None,
+            r[:, step] if step >= 0 else None,
+            clamp,
+        )
+    if iterations == 0:
         assign(x, logits_of(m, w, b), lam, z)
-        if t <= iterations:
-            after, step = t - last + E, t - 1 - last + depth
-            m = m_step(
-                sums_of(z, x, w, b),
-                h[:, after] if 0 <= after < E else mu.new_empty(B, K, D),
-                s[:, step] if step >= 0 else None,
-                r[:, step] if step >= 0 else None,
-                clamp,
-            )
     distribute(m, z, None, y)
     return y, z if assignment else z.new_empty(0), m if iterations else m.clone(), h, s, r
 
@@ -270,9 +275,9 @@ def em_attention_backward(
             bases_backward(v, u, dm, lam, after, share, da=table[:, 0, e], step=step, clamp=clamp)
             v, dm = None, None
         da = None if ds is None else table[:, 0, e]
-        slopes(x, z[e], dz if last else None, None, da, ds, dy if last else None, m, dl[e])
-        if e > 0 or need[1] or need[2]:
-            u = node_sums.sums(dl[e], x, None).a1
+        given = (dz, dy) if last else (None, None)
+        summed = e > 0 or need[1] > 0 or need[2] > 0
+        u = gradient(x, z[e], dl[e], *given, m, da, ds, summed)
     dx, dmu, dlam = x.new_empty(0), h.new_empty(0), h.new_empty(0)
     if need[0]:
         dx = layouts.empty_map(x, C, x.shape[2:])
