@@ -2,8 +2,7 @@
 #include <tuple>
 
 #include "common/node_maps.h"
-#include "em_attention/kernels.cuh"
-#include "em_attention/pass.cuh"
+#include "em_attention/iterations.cuh"
 #include "soft_assign/launch.h"
 
 namespace segkernels::cuda {
@@ -22,40 +21,57 @@ OfNodes<A> of_nodes(const Tensor& nodes) {
     return {mutable_data<A>(nodes), nodes.stride(0)};
 }
 
-// The regime: one kernel for a pass over the pixels, where the scores of a tile fit its registers; else the
-// products of soft assignment, one after the other.
+// One kernel for a pass over the pixels, where the scores of a tile fit its registers; else the products of
+// soft assignment, one after the other.
 bool in_one_kernel(const Tensor& x, int64_t K) {
   return x.scalar_type() == ScalarType::Double ? false : K <= (x.element_size() == 2 ? 64 : 32);
 }
 
-// The sums are made in parts whose number the size of an image decides, and no other.
+// f(NJ): the tiles of such a kernel are of 8·NJ bases.
+template <class T, class F>
+void by_bases(int64_t K, F&& f) {
+  if (K <= 8)
+    f(std::integral_constant<int, 1>());
+  else if (K <= 32)
+    f(std::integral_constant<int, 4>());
+  else if constexpr (sizeof(T) == 2)
+    f(std::integral_constant<int, 8>());
+}
+
+// The parts that the sums are made in: the size of an image decides, and nothing else. One tile a part; of
+// little more than eight tiles (33 × 33 pixels) eight parts, as many as blocks of a cluster; at most 32.
+template <class Stage, class A>
+PassSums<A> parts_of(int64_t pixels) {
+  constexpr int64_t TILE = Stage::PIXELS, CLUSTER = 8, LITTLE = 16, MOST_PARTS = 32;
+  PassSums<A> parts = {};
+  const bool eight = pixels > CLUSTER * TILE && pixels <= CLUSTER * (TILE + LITTLE);
+  parts.pixels =
+      int(eight ? TILE + LITTLE : std::max<int64_t>(1, ceil_div(pixels, TILE * MOST_PARTS)) * TILE);
+  parts.splits = int(ceil_div(pixels, parts.pixels));
+  return parts;
+}
+// Memory for the sums of `places` images.
+template <class A>
+Gathered make_room(PassSums<A>& parts, const Tensor& like, int64_t places, const NodeShape& shape) {
+  const Tensor sums = empty(like, {places, parts.splits, 1, shape.nodes, shape.channels});
+  const Tensor masses = empty(like, {places, parts.splits, shape.nodes});
+  parts.sums = mutable_data<A>(sums), parts.masses = mutable_data<A>(masses);
+  return {sums, masses};
+}
+
 template <Pass PASS, class T>
 Gathered pass(const Queue& queue, const PassNodes<acc_t<T>>& nodes, const PassMaps<T>& maps, const Tensor& x,
               int64_t K, bool summed) {
   using A = acc_t<T>;
-  constexpr int64_t MOST_PARTS = 32;
   const NodeShape shape = shape_of(x, K);
   Gathered out;
-  const auto run = [&](auto nj) {
+  by_bases<T>(K, [&](auto nj) {
     using Stage = PassStage<T, PASS, nj>;
-    const int64_t B = x.size(0), tiles = ceil_div(shape.pixels, Stage::PIXELS);
-    PassSums<A> sums = {};
-    sums.turns = int(std::max<int64_t>(1, ceil_div(tiles, MOST_PARTS)));
-    sums.splits = int(ceil_div(tiles, sums.turns));
-    if (summed) {
-      out.sums = empty(x, {B, sums.splits, 1, K, shape.channels}, acc_type(x.scalar_type()));
-      out.masses = empty(out.sums, {B, sums.splits, K});
-      sums.sums = mutable_data<A>(out.sums), sums.masses = mutable_data<A>(out.masses);
-    }
-    queue.launch(&em_attention_pass_kernel<T, PASS, nj>, B * sums.splits, Stage::THREADS, sizeof(Stage),
-                 nodes, maps, sums, shape);
-  };
-  if (K <= 8)
-    run(std::integral_constant<int, 1>());
-  else if (K <= 32)
-    run(std::integral_constant<int, 4>());
-  else if constexpr (sizeof(T) == 2)
-    run(std::integral_constant<int, 8>());
+    PassSums<A> sums = parts_of<Stage, A>(shape.pixels);
+    if (summed) out = make_room(sums, empty(x, {0}, acc_type(x.scalar_type())), x.size(0), shape);
+    queue.launch(&em_attention_pass_kernel<T, PASS, nj>, x.size(0) * sums.splits, Stage::THREADS,
+                 sizeof(Stage), nodes, maps, sums, shape);
+  });
   return out;
 }
 
@@ -131,9 +147,59 @@ void bases(const Queue& queue, const Gathered& gathered, const MaybeTensor& w, c
     sums = empty(mu, {B, K, D}), splits = 1;
     fold<A>(queue, sum, torch::stable::transpose(*w, 0, 1), std::nullopt, sums, std::nullopt);
   }
-  queue.launch(&em_attention_bases_kernel<A>, B * K, BLOCK, 0, const_data<A>(sums), splits,
-               const_data<A>(gathered.masses), gathered.splits(), data<A>(b), int(K), int(D), norm,
-               of_nodes<A>(mu), s ? of_nodes<A>(*s) : OfNodes<A>{}, r ? of_nodes<A>(*r) : OfNodes<A>{});
+  const MStep<A> step = {const_data<A>(sums),
+                         const_data<A>(gathered.masses),
+                         data<A>(b),
+                         splits,
+                         gathered.splits(),
+                         norm,
+                         of_nodes<A>(mu),
+                         s ? of_nodes<A>(*s) : OfNodes<A>{},
+                         r ? of_nodes<A>(*r) : OfNodes<A>{}};
+  queue.launch(&em_attention_bases_kernel<A>, B * K, BLOCK, 0, step, int(K), int(D));
+}
+
+// All iterations in one launch, by the regime that an image's size and the GPU allow; false: by none.
+// - In clusters, where an image's features fit the shared memory of at most 8 blocks: they are read once. 16
+//   blocks would need an attribute that not every GPU has, and keep more of its SMs idle than they spare.
+// - In a cooperative grid, where the features of the images at hand stay in two thirds of the L2 cache, the
+//   rest for sums and maps. Fewer teams than would fit the GPU are worse than features out of memory once
+//   they are fewer than half: EM is as much computation as it is reading.
+template <class T>
+bool iterate(const Queue& queue, const Tensor& x, const Tensor& m, Iterations<T> of) {
+  using A = acc_t<T>;
+  const NodeShape shape = shape_of(x, m.size(1));
+  const int64_t bytes = int64_t(shape.pixels) * shape.channels * sizeof(T);
+  bool done = false;
+  by_bases<T>(shape.nodes, [&](auto nj) {
+    using Stage = IterationStage<T, nj>;
+    constexpr int THREADS = Stage::Tile::THREADS;
+    of.images = x.size(0), of.sums = parts_of<typename Stage::Tile, A>(shape.pixels);
+    const int splits = of.sums.splits;
+    const auto run = [&](auto team, Together together, int64_t teams, size_t shared) {
+      team.blocks = splits;
+      const Gathered room = make_room(of.sums, m, teams, shape);
+      queue.launch_together(together, &em_attention_iterations_kernel<T, nj, decltype(team)>, teams * splits,
+                            THREADS, shared, team, of, shape);
+      done = true;
+    };
+
+    const size_t features = KeptFeatures<T>::bytes(std::min(of.sums.pixels, shape.pixels), shape.channels);
+    if (queue.has_clusters(&em_attention_iterations_kernel<T, nj, ClusterTeam>, splits, THREADS,
+                           sizeof(Stage) + features))
+      return run(ClusterTeam(), {splits}, of.images, sizeof(Stage) + features);
+
+    const int64_t held =
+        queue.most_together(&em_attention_iterations_kernel<T, nj, GridTeam>, THREADS, sizeof(Stage));
+    const int64_t busy = std::min(of.images, held / splits);
+    const int64_t teams = std::min(busy, queue.attribute(cudaDevAttrL2CacheSize) / 3 * 2 / bytes);
+    if (teams == 0 || 2 * teams < busy) return;
+    Tensor arrived = empty(m, {teams}, ScalarType::Int);
+    torch::stable::zero_(arrived);
+    run(GridTeam{{}, reinterpret_cast<unsigned*>(mutable_data<int32_t>(arrived))}, {1, true}, teams,
+        sizeof(Stage));
+  });
+  return done;
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -158,20 +224,37 @@ Six em_attention(Tensor x, Tensor mu, MaybeTensor lam, MaybeTensor w, MaybeTenso
   const Tensor h = empty(mu, depth < 0 ? std::vector<int64_t>{0} : std::vector{B, steps - given, K, D});
   const Tensor s = empty(mu, {B, std::max<int64_t>(0, depth), K}), r = empty(mu, {B, s.size(1), K});
   Tensor m = empty(mu, {B, K, D});
-  // where the bases of E-step t belong, and those behind the last
+  // where the bases in front of E-step t belong, and those behind the last: see Course
   const int64_t last = std::max<int64_t>(1, iterations), first = last - steps + given;
   const auto place = [&](int64_t t) {
     if (depth >= 0 && t >= first && t < last) return select(h, 1, t - first);
-    return t == iterations ? m : empty(mu, {B, K, D});
+    return m;
   };
   const auto kept = [&](const Tensor& of, int64_t t) {
     return t >= iterations - depth ? MaybeTensor(select(of, 1, t - iterations + depth)) : std::nullopt;
   };
+  Tensor now = place(0);
+  torch::stable::copy_(now, mu);
+  bool done = false;
+  if (in_one_kernel(x, K) && !w && iterations > 0 && x.numel() > 0)
+    by_narrow_storage(x, [&](auto storage) {
+      using T = decltype(storage);
+      const Course<float> course = {mutable_data<float>(m),
+                                    mutable_data<float>(h),
+                                    mutable_data<float>(s),
+                                    mutable_data<float>(r),
+                                    int(last),
+                                    int(depth < 0 ? last : first),
+                                    int(std::max<int64_t>(0, depth)),
+                                    nodes_vectorise(m) && nodes_vectorise(h)};
+      done = iterate<T>(queue, x, m,
+                        {pixel_map<const T>(x), pixel_map<float>(z), pixel_map<T>(y), data<float>(lam),
+                         course, Norm{clamp}});
+    });
+  const Six made = {y, assignment ? z : empty(mu, {0}), m, h, s, r};
+  if (done) return made;
   by_storage(x, [&](auto storage) {
     using A = acc_t<decltype(storage)>;
-    Tensor now = place(0);
-    torch::stable::copy_(now, mu);
-    if (iterations == 0) torch::stable::copy_(m, mu);
     for (int64_t t = 0; t < last; ++t) {
       Tensor p = now;
       MaybeTensor bias;
@@ -190,7 +273,7 @@ Six em_attention(Tensor x, Tensor mu, MaybeTensor lam, MaybeTensor w, MaybeTenso
     }
   });
   reconstruction(queue, m, z, y);
-  return {y, assignment ? z : empty(mu, {0}), m, h, s, r};
+  return made;
 }
 
 // dx = Σ_t z_t da_t + dl_t λμ is one product, of maps [B, P, H, W] with nodes [B, P, C]; here are their parts
