@@ -17,7 +17,7 @@ namespace segkernels::cuda {
 
 // Blocks of a launch that are resident together, and may wait for each other: those of a cluster, or all.
 struct Together {
-  int cluster = 1;
+  int cluster = 0;  // blocks; 0: no cluster is asked for
   bool cooperative = false;
 };
 
@@ -82,7 +82,7 @@ class __attribute__((visibility("hidden"))) Queue {
     Configuration(cudaStream_t stream, Together together, unsigned blocks, unsigned threads, size_t shared) {
       config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
       config.dynamicSmemBytes = shared, config.stream = stream;
-      config.attrs = &attribute, config.numAttrs = together.cooperative || together.cluster > 1;
+      config.attrs = &attribute, config.numAttrs = together.cooperative || together.cluster;
       if (together.cooperative) {
         attribute.id = cudaLaunchAttributeCooperative;
         attribute.val.cooperative = 1;

@@ -159,47 +159,80 @@ void bases(const Queue& queue, const Gathered& gathered, const MaybeTensor& w, c
   queue.launch(&em_attention_bases_kernel<A>, B * K, BLOCK, 0, step, int(K), int(D));
 }
 
+// A call of the forward: its outputs, and which are of which step.
+struct __attribute__((visibility("hidden"))) Forward {
+  Tensor x, z, y, m, h, s, r;
+  MaybeTensor lam;
+  Norm norm;
+  int64_t iterations, depth, steps, first;  // E-steps; the first whose bases are in h
+
+  Forward(const Tensor& x, const Tensor& mu, const MaybeTensor& lam, Norm norm, int64_t iterations,
+          int64_t depth)
+      : x(x), lam(lam), norm(norm), iterations(iterations), depth(std::max<int64_t>(0, depth)) {
+    const int64_t B = mu.size(0), K = mu.size(1), D = mu.size(2), kept = std::max<int64_t>(1, depth);
+    steps = std::max<int64_t>(1, iterations);
+    first = depth < 0 ? steps : steps - kept + (steps <= kept);  // step 0 begins from mu, which is known
+    z = map_like(x, K, mu.scalar_type()), y = map_like(x, D, x.scalar_type());
+    m = empty(mu, {B, K, D});
+    h = empty(mu, depth < 0 ? std::vector<int64_t>{0} : std::vector{B, steps - first, K, D});
+    s = empty(mu, {B, this->depth, K}), r = empty(mu, {B, this->depth, K});
+    Tensor begin = bases(0);
+    torch::stable::copy_(begin, mu);
+  }
+  // In front of E-step t, and behind the last.
+  Tensor bases(int64_t t) const { return t < first || t >= iterations ? m : select(h, 1, t - first); }
+  // s or r of its M-step
+  MaybeTensor of_step(const Tensor& kept, int64_t t) const {
+    const int64_t at = t - iterations + depth;
+    return at < 0 ? std::nullopt : MaybeTensor(select(kept, 1, at));
+  }
+  template <class T>
+  Iterations<T> on_device() const {
+    using A = acc_t<T>;
+    const Course<A> course = {
+        mutable_data<A>(m), mutable_data<A>(h), mutable_data<A>(s), mutable_data<A>(r),
+        int(iterations),    int(first),         int(depth),         nodes_vectorise(m) && nodes_vectorise(h)};
+    return {pixel_map<const T>(x), pixel_map<A>(z), pixel_map<T>(y), data<A>(lam), course, norm, x.size(0)};
+  }
+};
+
 // All iterations in one launch, by the regime that an image's size and the GPU allow; false: by none.
 // - In clusters, where an image's features fit the shared memory of at most 8 blocks: they are read once. 16
 //   blocks would need an attribute that not every GPU has, and keep more of its SMs idle than they spare.
 // - In a cooperative grid, where the features of the images at hand stay in two thirds of the L2 cache, the
-//   rest for sums and maps. Fewer teams than would fit the GPU are worse than features out of memory once
-//   they are fewer than half: EM is as much computation as it is reading.
-template <class T>
-bool iterate(const Queue& queue, const Tensor& x, const Tensor& m, Iterations<T> of) {
-  using A = acc_t<T>;
-  const NodeShape shape = shape_of(x, m.size(1));
+//   rest for sums and maps. Fewer teams than the GPU has blocks for are worse than features out of memory
+//   once they are fewer than half: EM is as much computation as it is reading.
+template <class T, int NJ>
+bool in_one_launch(const Queue& queue, const Forward& call) {
+  using Stage = IterationStage<T, NJ>;
+  constexpr int THREADS = Stage::Tile::THREADS;
+  const NodeShape shape = shape_of(call.x, call.m.size(1));
+  Iterations<T> of = call.on_device<T>();
+  of.sums = parts_of<typename Stage::Tile, acc_t<T>>(shape.pixels);
+  const int splits = of.sums.splits;
+  const auto run = [&](auto team, Together together, int64_t teams, size_t shared) {
+    team.blocks = splits;
+    const Gathered room = make_room(of.sums, call.m, teams, shape);
+    queue.launch_together(together, &em_attention_iterations_kernel<T, NJ, decltype(team)>, teams * splits,
+                          THREADS, shared, team, of, shape);
+    return true;
+  };
+
+  const int pixels = std::min(of.sums.pixels, shape.pixels);
+  const size_t kept = sizeof(Stage) + KeptFeatures<T>::bytes(pixels, shape.channels);
+  if (queue.has_clusters(&em_attention_iterations_kernel<T, NJ, ClusterTeam>, splits, THREADS, kept))
+    return run(ClusterTeam(), {splits}, of.images, kept);
+
   const int64_t bytes = int64_t(shape.pixels) * shape.channels * sizeof(T);
-  bool done = false;
-  by_bases<T>(shape.nodes, [&](auto nj) {
-    using Stage = IterationStage<T, nj>;
-    constexpr int THREADS = Stage::Tile::THREADS;
-    of.images = x.size(0), of.sums = parts_of<typename Stage::Tile, A>(shape.pixels);
-    const int splits = of.sums.splits;
-    const auto run = [&](auto team, Together together, int64_t teams, size_t shared) {
-      team.blocks = splits;
-      const Gathered room = make_room(of.sums, m, teams, shape);
-      queue.launch_together(together, &em_attention_iterations_kernel<T, nj, decltype(team)>, teams * splits,
-                            THREADS, shared, team, of, shape);
-      done = true;
-    };
-
-    const size_t features = KeptFeatures<T>::bytes(std::min(of.sums.pixels, shape.pixels), shape.channels);
-    if (queue.has_clusters(&em_attention_iterations_kernel<T, nj, ClusterTeam>, splits, THREADS,
-                           sizeof(Stage) + features))
-      return run(ClusterTeam(), {splits}, of.images, sizeof(Stage) + features);
-
-    const int64_t held =
-        queue.most_together(&em_attention_iterations_kernel<T, nj, GridTeam>, THREADS, sizeof(Stage));
-    const int64_t busy = std::min(of.images, held / splits);
-    const int64_t teams = std::min(busy, queue.attribute(cudaDevAttrL2CacheSize) / 3 * 2 / bytes);
-    if (teams == 0 || 2 * teams < busy) return;
-    Tensor arrived = empty(m, {teams}, ScalarType::Int);
-    torch::stable::zero_(arrived);
-    run(GridTeam{{}, reinterpret_cast<unsigned*>(mutable_data<int32_t>(arrived))}, {1, true}, teams,
-        sizeof(Stage));
-  });
-  return done;
+  const int64_t cached = queue.attribute(cudaDevAttrL2CacheSize) / 3 * 2 / bytes;
+  const int64_t blocks =
+      queue.most_together(&em_attention_iterations_kernel<T, NJ, GridTeam>, THREADS, sizeof(Stage));
+  const int64_t busy = std::min(of.images, blocks / splits), teams = std::min(busy, cached);
+  if (teams == 0 || 2 * teams < busy) return false;
+  Tensor arrived = empty(call.m, {teams}, ScalarType::Int);
+  torch::stable::zero_(arrived);
+  const GridTeam team = {{}, reinterpret_cast<unsigned*>(mutable_data<int32_t>(arrived))};
+  return run(team, {0, true}, teams, sizeof(Stage));
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -211,6 +244,31 @@ void check(const Tensor& x, const Tensor& mu, int64_t channels) {
                   "segkernels: x [B, C, H, W] and mu [B, K, D] of the accumulation type do not fit");
 }
 
+// A launch for each pass and M-step, and one for the reconstruction; w [D, C] and b [D] may be folded in.
+void launch_by_launch(const Queue& queue, const Forward& of, const MaybeTensor& w, const MaybeTensor& b) {
+  const int64_t B = of.m.size(0), K = of.m.size(1);
+  by_storage(of.x, [&](auto storage) {
+    using A = acc_t<decltype(storage)>;
+    for (int64_t t = 0; t < of.steps; ++t) {
+      Tensor p = of.bases(t);
+      MaybeTensor bias;
+      if (w) {
+        const Tensor unfolded = p;
+        p = empty(of.m, {B, K, w->size(1)});
+        if (b) bias = empty(of.m, {B, K});
+        fold<A>(queue, unfolded, *w, b, p, bias);
+      }
+      if (of.iterations == 0) {
+        responsibilities(queue, of.x, p, bias, of.lam, of.z);
+        break;
+      }
+      const Gathered gathered = expectation(queue, of.x, p, bias, of.lam, of.x, of.z, t + 1 == of.iterations);
+      bases<A>(queue, gathered, w, b, of.norm, of.bases(t + 1), of.of_step(of.s, t), of.of_step(of.r, t));
+    }
+  });
+  reconstruction(queue, of.m, of.z, of.y);
+}
+
 Six em_attention(Tensor x, Tensor mu, MaybeTensor lam, MaybeTensor w, MaybeTensor b, int64_t iterations,
                  int64_t depth, bool clamp, bool assignment) {
   const Queue queue(x);
@@ -218,62 +276,15 @@ Six em_attention(Tensor x, Tensor mu, MaybeTensor lam, MaybeTensor w, MaybeTenso
                   "segkernels: w must be [D, C], without gradients");
   check(x, mu, w ? w->size(0) : x.size(1));
   if (b) b = dense(*b);
-  const int64_t B = mu.size(0), K = mu.size(1), D = mu.size(2), steps = std::max<int64_t>(1, depth);
-  const Tensor z = map_like(x, K, mu.scalar_type()), y = map_like(x, D, x.scalar_type());
-  const int64_t given = iterations <= steps;  // the first step begins from mu, which is known
-  const Tensor h = empty(mu, depth < 0 ? std::vector<int64_t>{0} : std::vector{B, steps - given, K, D});
-  const Tensor s = empty(mu, {B, std::max<int64_t>(0, depth), K}), r = empty(mu, {B, s.size(1), K});
-  Tensor m = empty(mu, {B, K, D});
-  // where the bases in front of E-step t belong, and those behind the last: see Course
-  const int64_t last = std::max<int64_t>(1, iterations), first = last - steps + given;
-  const auto place = [&](int64_t t) {
-    if (depth >= 0 && t >= first && t < last) return select(h, 1, t - first);
-    return m;
-  };
-  const auto kept = [&](const Tensor& of, int64_t t) {
-    return t >= iterations - depth ? MaybeTensor(select(of, 1, t - iterations + depth)) : std::nullopt;
-  };
-  Tensor now = place(0);
-  torch::stable::copy_(now, mu);
+  const Forward of(x, mu, lam, {clamp}, iterations, depth);
   bool done = false;
-  if (in_one_kernel(x, K) && !w && iterations > 0 && x.numel() > 0)
+  if (in_one_kernel(x, mu.size(1)) && !w && iterations > 0 && x.numel() > 0)
     by_narrow_storage(x, [&](auto storage) {
       using T = decltype(storage);
-      const Course<float> course = {mutable_data<float>(m),
-                                    mutable_data<float>(h),
-                                    mutable_data<float>(s),
-                                    mutable_data<float>(r),
-                                    int(last),
-                                    int(depth < 0 ? last : first),
-                                    int(std::max<int64_t>(0, depth)),
-                                    nodes_vectorise(m) && nodes_vectorise(h)};
-      done = iterate<T>(queue, x, m,
-                        {pixel_map<const T>(x), pixel_map<float>(z), pixel_map<T>(y), data<float>(lam),
-                         course, Norm{clamp}});
+      by_bases<T>(mu.size(1), [&](auto nj) { done = in_one_launch<T, nj>(queue, of); });
     });
-  const Six made = {y, assignment ? z : empty(mu, {0}), m, h, s, r};
-  if (done) return made;
-  by_storage(x, [&](auto storage) {
-    using A = acc_t<decltype(storage)>;
-    for (int64_t t = 0; t < last; ++t) {
-      Tensor p = now;
-      MaybeTensor bias;
-      if (w) {
-        p = empty(mu, {B, K, x.size(1)});
-        if (b) bias = empty(mu, {B, K});
-        fold<A>(queue, now, *w, b, p, bias);
-      }
-      if (iterations == 0) {
-        responsibilities(queue, x, p, bias, lam, z);
-        break;
-      }
-      const Gathered gathered = expectation(queue, x, p, bias, lam, x, z, t + 1 == iterations);
-      now = place(t + 1);
-      bases<A>(queue, gathered, w, b, {clamp}, now, kept(s, t), kept(r, t));
-    }
-  });
-  reconstruction(queue, m, z, y);
-  return made;
+  if (!done) launch_by_launch(queue, of, w, b);
+  return {of.y, assignment ? of.z : empty(mu, {0}), of.m, of.h, of.s, of.r};
 }
 
 // dx = Σ_t z_t da_t + dl_t λμ is one product, of maps [B, P, H, W] with nodes [B, P, C]; here are their parts

@@ -61,7 +61,6 @@ CALLS = {
 FEW = {
     "two tiles": Device(80, multiprocessors=1),
     "eight parts": Device(80, multiprocessors=3),
-    "float32": Device(80, multiprocessors=1),
 }
 
 
