@@ -54,9 +54,9 @@ class Gpu(NamedTuple):
 
 
 # Data sheets of NVIDIA's A100 80 GB SXM, H200 SXM and B200 (a DGX B200's figures over 8), without
-# sparsity; shared memory: CUDA C++ Programming Guide, compute capabilities; the L2 cache of B200:
-# Blackwell Tuning Guide. mma.sync has 0.63 of
-# Hopper's peak (Luo et al., arXiv 2402.13499), and on B200, for want of a figure, the same share.
+# sparsity; shared memory: CUDA C++ Programming Guide, compute capabilities; L2 cache: the tuning
+# guides of Ampere, Hopper and Blackwell. mma.sync has 0.63 of Hopper's peak (Luo et al., arXiv
+# 2402.13499), and on B200, for want of a figure, the same share.
 GPUS = {
     "sm_80": Gpu("A100", 108, 2.039e12, 312e12, 312e12, 19.5e12, 9.7e12, 164 << 10, 40 << 20),
     "sm_90a": Gpu("H200", 132, 4.8e12, 0.63 * 989e12, 989e12, 67e12, 34e12, 228 << 10, 50 << 20),

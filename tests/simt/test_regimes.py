@@ -1,5 +1,5 @@
-"""The regimes of em_attention's forward: which one an image and a GPU get, and that it is a matter of
-speed alone: all outputs are the same bit for bit, whatever the GPU and however many images there are.
+"""The regimes of em_attention's forward: which one an image and a GPU get, and that it is a matter
+of speed alone: all outputs are the same bit for bit.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ constexpr size_t STACK_BYTES = 256 * 1024;
 
 // What every access and every synchronisation tells the watch (watch.cpp), where it is built in.
 namespace watch {
-enum Access { read, write, observe, update, exchange };  // atomics: observe reads, exchange writes, update both
+enum Access { read, write, observe, update, exchange };  // from observe on atomics: read, both, write
 #ifdef SIMT_WATCH
 void begin(Team&);
 void access(const void* p, size_t bytes, Access);

@@ -35,7 +35,7 @@ struct cudaLaunchConfig_t {
 namespace simt {
 // cudaErrorInvalid…, cudaErrorCooperativeLaunchTooLarge
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kTooLarge = 720;
-}
+}  // namespace simt
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   const simt::Device& device = simt::device();

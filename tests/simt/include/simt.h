@@ -102,7 +102,8 @@ struct Device {
 Device& device();
 // Blocks of a multiprocessor by threads and shared memory.
 inline size_t resident(unsigned threads, size_t shared_bytes) {
-  const size_t by_threads = 2048 / threads, by_shared = (device().shared_bytes + 1024) / (shared_bytes + 1024);
+  const size_t by_threads = 2048 / threads,
+               by_shared = (device().shared_bytes + 1024) / (shared_bytes + 1024);
   return by_threads < by_shared ? by_threads : by_shared;
 }
 
