@@ -51,15 +51,18 @@ struct PassStage {
   static constexpr int CHANNELS = WARPS * 16;
   static constexpr int RESIDENT = PASS == Pass::expectation && NJ == 1 ? 2 : 1;  // blocks of a multiprocessor
   static_assert(DEPTH<A> == 16, "the pixels of a warp are one stage of the sums");
+  using OfMap = OperandRow<T, HALVES_OF_MAP<T>>;
+  using BesideMap = OperandRow<T, HALVES_BESIDE_MAP<T>>;
   struct Scores {
-    OperandRow<T> x[PIXELS], p[NODES], da[PASS == Pass::gradient ? NODES : 1];
+    OfMap x[PIXELS];
+    BesideMap p[NODES], da[PASS == Pass::gradient ? NODES : 1];
   };
   union {
     Scores scores;
-    OperandRow<T> v[CHANNELS];
+    OfMap v[CHANNELS];
     A mass[WARPS][NODES];
   };
-  OperandRow<T> rows[WARPS][NODES];            // z or dl
+  BesideMap rows[WARPS][NODES];                // z or dl
   A bias[NODES];                               // b or ds
   int64_t offset_x[PIXELS], offset_v[PIXELS];  // −1 beyond the last pixel
 };
