@@ -151,10 +151,9 @@ def _predict(
         for dtype in options.dtype or ("float32", "bfloat16")
         for layout in options.layout or ("channels_last",)
     ]
-    plans = roofline.plans(selection)
     return [
         roofline.predict(arch, plan, kernels[arch, "cuda"])
         for arch in roofline.GPUS
         if arch in (options.arch or ["sm_90a"])
-        for plan in plans
+        for plan in roofline.plans(arch, selection)
     ]

@@ -37,7 +37,7 @@ RESERVED = 1024  # bytes of shared memory that the system takes of every block
 
 
 class Gpu(NamedTuple):
-    """A data sheet: SMs, bytes/s, operations/s by unit, bytes of shared memory an SM.
+    """A data sheet: SMs, bytes/s, operations/s by unit, bytes of shared memory an SM and of cache.
 
     mma: 16-bit products by mma.sync (HMMA), wgmma: by what a warpgroup or an SM starts together.
     """
@@ -50,15 +50,17 @@ class Gpu(NamedTuple):
     fp32: float
     fp64: float
     shared: int
+    l2: int
 
 
 # Data sheets of NVIDIA's A100 80 GB SXM, H200 SXM and B200 (a DGX B200's figures over 8), without
-# sparsity; shared memory: CUDA C++ Programming Guide, compute capabilities. mma.sync has 0.63 of
-# Hopper's peak (Luo et al., arXiv 2402.13499), and on B200, for want of a figure, the same share.
+# sparsity; shared memory: CUDA C++ Programming Guide, compute capabilities; L2 cache: the tuning
+# guides of Ampere, Hopper and Blackwell. mma.sync has 0.63 of Hopper's peak (Luo et al., arXiv
+# 2402.13499), and on B200, for want of a figure, the same share.
 GPUS = {
-    "sm_80": Gpu("A100", 108, 2.039e12, 312e12, 312e12, 19.5e12, 9.7e12, 164 << 10),
-    "sm_90a": Gpu("H200", 132, 4.8e12, 0.63 * 989e12, 989e12, 67e12, 34e12, 228 << 10),
-    "sm_100": Gpu("B200", 148, 8e12, 0.63 * 2250e12, 2250e12, 75e12, 37e12, 228 << 10),
+    "sm_80": Gpu("A100", 108, 2.039e12, 312e12, 312e12, 19.5e12, 9.7e12, 164 << 10, 40 << 20),
+    "sm_90a": Gpu("H200", 132, 4.8e12, 0.63 * 989e12, 989e12, 67e12, 34e12, 228 << 10, 50 << 20),
+    "sm_100": Gpu("B200", 148, 8e12, 0.63 * 2250e12, 2250e12, 75e12, 37e12, 228 << 10, 126 << 20),
 }
 
 
@@ -164,27 +166,31 @@ Plan = tuple[tuple[str, Any, str, str, str], list[Planned]]  # op, case, dtype, 
 
 
 def plans(
-    selection: Iterable[tuple[str, Any, str, str]], library: Path | None = None
+    arch: str, selection: Iterable[tuple[str, Any, str, str]], library: Path | None = None
 ) -> list[Plan]:
-    """What the launch code of cuda.cu would launch for each op, case, dtype and layout, forward and
-    backward: it runs on CPU tensors, in a build of the host executor, and takes notes.
+    """What the launch code of cuda.cu would launch on a GPU for each op, case, dtype and layout,
+    forward and backward: it runs on CPU tensors, in a build of the host executor, and takes notes.
 
     In a process of its own, where that library stands in the place of the native one.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_plans, list(selection), library).result()
+        return process.submit(_plans, arch, list(selection), library).result()
 
 
-def _plans(selection: list[tuple[str, Any, str, str]], library: Path | None) -> list[Plan]:
+def _plans(
+    arch: str, selection: list[tuple[str, Any, str, str]], library: Path | None
+) -> list[Plan]:
     executor = import_module("tests.simt.executor")  # mypy is for what has types
     library = library or executor.build()
     executor.replace_native(library)
+    gpu, ptx = GPUS[arch], int(arch.strip("sm_a"))
+    device = executor.Device(ptx, gpu.sms, gpu.shared - RESERVED, gpu.l2)
     made: list[Plan] = []
     for op, case, dtype, layout in selection:
         arguments = case.inputs(DTYPES[dtype], LAYOUTS[layout]) | {"backend": "native"}
         passes = forward_and_backward(op, arguments)
         for mode in MODES[:2]:
-            with executor.planned(library) as launches:
+            with executor.on(device, library), executor.planned(library) as launches:
                 next(passes)
             made.append(((op, case, dtype, layout, mode), launches))
     return made

@@ -60,12 +60,12 @@ def test_every_case_is_predicted() -> None:
         for case in cases(op)
         for dtype, layout in (("bfloat16", "channels_last"), ("float32", "nchw"))
     ]
-    plans = roofline.plans(selection, executor.build("watch"))
-    assert [what for what, _ in plans] == [
-        (*which, mode) for which in selection for mode in ("forward", "backward")
-    ]
     budget = Budget.read().kernels
     for arch in roofline.GPUS:
+        plans = roofline.plans(arch, selection, executor.build("watch"))
+        assert [what for what, _ in plans] == [
+            (*which, mode) for which in selection for mode in ("forward", "backward")
+        ]
         for plan in plans:
             made = roofline.predict(arch, plan, budget[arch, "cuda"])
             assert made.launches and made.seconds > 0

@@ -1,5 +1,5 @@
-// Barriers among some threads of a block, and among the blocks of a cluster, which see each other's shared
-// memory.
+// Barriers among some threads of a block, among the blocks of a cluster, which see each other's shared
+// memory, and among blocks that count themselves.
 #pragma once
 
 #ifdef __CUDACC__
@@ -15,6 +15,13 @@ __device__ inline void named_barrier_wait(int name, int threads) {
 }
 __device__ inline void named_barrier_arrive(int name, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// *p, and what was done before the atomics that made it so.
+__device__ inline unsigned load_acquire(const unsigned* p) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -43,6 +50,11 @@ __device__ inline T* shared_of(T* p, unsigned rank) {
   return there;
 }
 
+#else  // no clusters: kernels of them are compiled, and not launched
+
+__device__ inline void cluster_arrive() { __trap(); }
+__device__ inline void cluster_wait() { __trap(); }
+
 #endif
 
 }  // namespace segkernels::cuda
@@ -50,3 +62,20 @@ __device__ inline T* shared_of(T* p, unsigned rank) {
 #else
 #include "simt_barriers.h"  // the host executor's definitions, tests/simt/include
 #endif
+
+namespace segkernels::cuda {
+
+// For `blocks` blocks that are resident together and count themselves in *arrived, zero at first: what they
+// did before is seen by those that have waited.
+__device__ inline void counted_barrier(unsigned* arrived, unsigned blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const unsigned before = atomicAdd(arrived, 1u), all = before - before % blocks + blocks;
+    while (load_acquire(arrived) < all) {
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace segkernels::cuda

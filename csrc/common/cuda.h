@@ -15,10 +15,16 @@
 
 namespace segkernels::cuda {
 
+// Blocks of a launch that are resident together, and may wait for each other: those of a cluster, or all.
+struct Together {
+  int cluster = 0;  // blocks; 0: no cluster is asked for
+  bool cooperative = false;
+};
+
 // Work is queued on the current stream of x's device, which is the current device while this lives.
 class __attribute__((visibility("hidden"))) Queue {
  public:
-  explicit Queue(const Tensor& x) : guard_(x.get_device_index()) {
+  explicit Queue(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -27,20 +33,76 @@ class __attribute__((visibility("hidden"))) Queue {
   // kernel<<<blocks, threads, shared bytes>>>(arguments)
   template <class... P, class... A>
   void launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, A&&... arguments) const {
+    launch_together({}, kernel, blocks, threads, shared, std::forward<A>(arguments)...);
+  }
+  template <class... P, class... A>
+  void launch_together(Together together, void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
+                       A&&... arguments) const {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= INT32_MAX, "segkernels: the map is too large for one launch");
-    if (shared > 48 * 1024)
-      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(blocks));
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = shared;
-    config.stream = stream_;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...));
+    allow(kernel, shared);
+    const Configuration made(stream_, together, unsigned(blocks), unsigned(threads), shared);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&made.config, kernel, std::forward<A>(arguments)...));
+  }
+
+  // How many blocks of a kernel can be together.
+  template <class... P>
+  int64_t most_together(void (*kernel)(P...), int threads, size_t shared) const {
+    if (int64_t(shared) > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) return 0;
+    allow(kernel, shared);
+    int each = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared));
+    return attribute(cudaDevAttrCooperativeLaunch) * attribute(cudaDevAttrMultiProcessorCount) * each;
+  }
+  // Whether there are clusters of so many blocks of a kernel: up to 8 have them on every device and in all
+  // code from sm_90 on.
+  template <class... P>
+  bool has_clusters(void (*kernel)(P...), int blocks, int threads, size_t shared) const {
+    cudaFuncAttributes code = {};
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&code, kernel));
+    if (code.ptxVersion < 90 || blocks > 8) return false;
+    if (int64_t(shared) > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) return false;
+    allow(kernel, shared);
+    const Configuration made(stream_, {blocks}, unsigned(blocks), unsigned(threads), shared);
+    int clusters = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &made.config));
+    return clusters > 0;
+  }
+  int64_t attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device_));
+    return value;
   }
 
  private:
+  struct Configuration {
+    cudaLaunchAttribute attribute = {};
+    cudaLaunchConfig_t config = {};
+
+    Configuration(cudaStream_t stream, Together together, unsigned blocks, unsigned threads, size_t shared) {
+      config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
+      config.dynamicSmemBytes = shared, config.stream = stream;
+      config.attrs = &attribute, config.numAttrs = together.cooperative || together.cluster;
+      if (together.cooperative) {
+        attribute.id = cudaLaunchAttributeCooperative;
+        attribute.val.cooperative = 1;
+      } else {
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = unsigned(together.cluster);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      }
+    }
+    Configuration(const Configuration&) = delete;
+  };
+
+  template <class... P>
+  static void allow(void (*kernel)(P...), size_t shared) {
+    if (shared > 48 * 1024)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  }
+
+  int device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };

@@ -5,7 +5,8 @@
 // result in the layout of the tensor cores (mma.cuh): accumulator [j][e] of lane 4g + t is row g + 8·(e / 2),
 // column 8j + 2t + e % 2. float and double are multiplied and added plainly. For maps of 16-bit types the
 // operands (residuals, assignments, coefficients) are still floats: each is split into two bfloat16, and
-// three products on the tensor cores keep 16 bits of mantissa, sums in float.
+// three products on the tensor cores keep 16 bits of mantissa, sums in float. A bfloat16 of the map itself
+// is one half already; three products are then enough for three halves of the other factor, all 24 bits.
 #pragma once
 
 #include <type_traits>
@@ -14,10 +15,21 @@
 
 namespace segkernels::cuda {
 
+template <class T>
+constexpr int HALVES = sizeof(T) == 2 ? 2 : 0;  // of an operand; 0: it is not split
+template <class T>
+constexpr bool ONE_HALF = std::is_same_v<T, __nv_bfloat16>;
+template <class T>
+constexpr int HALVES_OF_MAP = ONE_HALF<T> ? 1 : HALVES<T>;  // of values of the map, as they are
+template <class T>
+constexpr int HALVES_BESIDE_MAP = ONE_HALF<T> ? 3 : HALVES<T>;  // of their factors
+
 // A row of an operand in shared memory, one stage of k. Neither kind of load in NodeProduct meets a bank
 // conflict.
-template <class T, bool SPLIT = sizeof(T) == 2>
-struct OperandRow {
+template <class T, int SPLIT = HALVES<T>>
+struct OperandRow;
+template <class T>
+struct OperandRow<T, 0> {
   using A = acc_t<T>;
   A at[PITCH<A>];
 
@@ -27,28 +39,36 @@ struct OperandRow {
   }
   __device__ A get(int k) const { return at[k]; }
 };
-// a ≈ high + low. What is not finite is low alone, which takes part in one product: ∞ times the low part of
-// the other factor would be NaN.
-template <class T>
-struct OperandRow<T, true> {
+// The sum of the halves, the highest first. What is not finite is the last half alone, which takes part in
+// one product: ∞ times a low half of the other factor would be NaN.
+template <class T, int SPLIT>
+struct OperandRow {
   using Half = __nv_bfloat16;
-  Half high[DEPTH<float>], low[DEPTH<float>], spare[DEPTH<float>];
+  Half at[3][DEPTH<float>];
 
   template <int V>
   __device__ void put(int k, const Vector<float, V>& a) {
-    Vector<Half, V> h, l;
+    Vector<Half, V> half[SPLIT];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      h.at[v] = narrow<Half>(a.at[v]);
-      const float rest = a.at[v] - widen(h.at[v]);
-      const bool finite = rest - rest == 0;
-      if (!finite) h.at[v] = narrow<Half>(0.f);
-      l.at[v] = narrow<Half>(finite ? rest : a.at[v]);
+      const float most = widen(narrow<Half>(a.at[v]));
+      const bool finite = most - most == 0;
+      float rest = a.at[v];
+#pragma unroll
+      for (int i = 0; i < SPLIT; ++i) {
+        half[i].at[v] = narrow<Half>(finite || i == SPLIT - 1 ? rest : 0.f);
+        rest -= widen(half[i].at[v]);
+      }
     }
-    store<V>(&high[k], h);
-    store<V>(&low[k], l);
+#pragma unroll
+    for (int i = 0; i < SPLIT; ++i) store<V>(&at[i][k], half[i]);
   }
-  __device__ float get(int k) const { return widen(high[k]) + widen(low[k]); }
+  __device__ float get(int k) const {
+    float sum = widen(at[SPLIT - 1][k]);
+#pragma unroll
+    for (int i = SPLIT - 2; i >= 0; --i) sum += widen(at[i][k]);
+    return sum;
+  }
 };
 
 template <class T, int NJ>
@@ -61,27 +81,32 @@ struct NodeProduct {
   __device__ static int column(int j, int e) { return 8 * j + 2 * (threadIdx.x % 4) + e % 2; }
 
   // += left · rightᵀ over one stage
-  __device__ void multiply(const OperandRow<T>* left, const OperandRow<T>* right) {
+  template <int LEFT, int RIGHT>
+  __device__ void multiply(const OperandRow<T, LEFT>* left, const OperandRow<T, RIGHT>* right) {
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     if constexpr (sizeof(T) == 2) {
       // Lane t takes k 4t … 4t + 3 for the tensor core's 2t, 2t + 1, 2t + 8, 2t + 9: any order of k will do.
       using Half = __nv_bfloat16;
       using Pair = Vector<Half, 2>;
       const auto pair = [](const Vector<Half, 4>& a, int i) { return Pair{{a.at[2 * i], a.at[2 * i + 1]}}; };
-      Pair high[4], low[4];
+      Pair a[LEFT][4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        high[e] = pair(load<4>(&left[g + 8 * (e % 2)].high[4 * t]), e / 2);
-        low[e] = pair(load<4>(&left[g + 8 * (e % 2)].low[4 * t]), e / 2);
-      }
+      for (int i = 0; i < LEFT; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[i][e] = pair(load<4>(&left[g + 8 * (e % 2)].at[i][4 * t]), e / 2);
 #pragma unroll
       for (int j = 0; j < NJ; ++j) {
-        const Vector<Half, 4> h = load<4>(&right[8 * j + g].high[4 * t]);
-        const Vector<Half, 4> l = load<4>(&right[8 * j + g].low[4 * t]);
-        const Pair b_high[2] = {pair(h, 0), pair(h, 1)}, b_low[2] = {pair(l, 0), pair(l, 1)};
-        mma_m16n8k16<Half>(acc[j], low, b_high);
-        mma_m16n8k16<Half>(acc[j], high, b_low);
-        mma_m16n8k16<Half>(acc[j], high, b_high);
+        Pair b[RIGHT][2];
+#pragma unroll
+        for (int i = 0; i < RIGHT; ++i)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) b[i][e] = pair(load<4>(&right[8 * j + g].at[i][4 * t]), e);
+        // the lowest products first, and none below the lowest half
+#pragma unroll
+        for (int order = (LEFT > RIGHT ? LEFT : RIGHT) - 1; order >= 0; --order)
+#pragma unroll
+          for (int i = LEFT - 1; i >= 0; --i)
+            if (i <= order && order - i < RIGHT) mma_m16n8k16<Half>(acc[j], a[i], b[order - i]);
       }
     } else {
       constexpr int V = 16 / int(sizeof(A));
@@ -156,8 +181,8 @@ struct Operand {
     });
   }
   // f(value) of each
-  template <class F>
-  __device__ void put(const Source<S>& from, OperandRow<T>* tile, F f) {
+  template <int SPLIT, class F>
+  __device__ void put(const Source<S>& from, OperandRow<T, SPLIT>* tile, F f) {
     each(from, [&](auto width, const A* in, int row, int k) {
       constexpr int V = decltype(width)::value;
       Vector<A, V> out;
@@ -171,7 +196,8 @@ struct Operand {
       }
     });
   }
-  __device__ void put(const Source<S>& from, OperandRow<T>* tile) {
+  template <int SPLIT>
+  __device__ void put(const Source<S>& from, OperandRow<T, SPLIT>* tile) {
     put(from, tile, [](A a) { return a; });
   }
 

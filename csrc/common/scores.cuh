@@ -36,12 +36,14 @@ struct ScoreMaps {
 template <class T, Score SCORE, int NJ, int NODE_WARPS>
 struct ScoreStage {
   using A = acc_t<T>;
-  static constexpr bool SQUARES = SCORE == Score::assignment;
+  static constexpr bool SQUARES = SCORE == Score::assignment, AS_IT_IS = SCORE == Score::softmax;  // x
   static constexpr int WARPS = NODE_WARPS > 4 ? NODE_WARPS : 4, THREADS = WARPS * WARP;
   static constexpr int PIXELS = WARPS / NODE_WARPS * 16, NODES = NODE_WARPS * 8 * NJ;
   static constexpr int RESIDENT = THREADS > 128 ? 1 : 3;  // blocks of a multiprocessor
   struct Operands {
-    OperandRow<T> x[PIXELS], square[SQUARES ? PIXELS : 1], p[NODES], r[SQUARES ? NODES : 1];
+    OperandRow<T, AS_IT_IS ? HALVES_OF_MAP<T> : HALVES<T>> x[PIXELS];
+    OperandRow<T, AS_IT_IS ? HALVES_BESIDE_MAP<T> : HALVES<T>> p[NODES];
+    OperandRow<T> square[SQUARES ? PIXELS : 1], r[SQUARES ? NODES : 1];
   };
   struct Rows {
     A score[PIXELS][NODES + 1], q[SCORE == Score::gradient ? PIXELS : 1][NODES + 1];

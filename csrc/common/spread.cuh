@@ -27,12 +27,12 @@ struct SpreadMaps {
   PixelMap<T> out;
 };
 
-template <class T, Spread SPREAD>
+template <class T, Spread SPREAD, int WARPS = 4>
 struct SpreadStage {
   using A = acc_t<T>;
   static constexpr bool GRADIENT = SPREAD == Spread::gradient;
   static constexpr int NJ = sizeof(T) == 8 ? 4 : 8;  // what the registers hold
-  static constexpr int WARPS = 4, THREADS = WARPS * WARP, PIXELS = WARPS * 16, CHANNELS = 8 * NJ;
+  static constexpr int THREADS = WARPS * WARP, PIXELS = WARPS * 16, CHANNELS = 8 * NJ;
   struct Operands {
     OperandRow<T> q[PIXELS], dl[GRADIENT ? PIXELS : 1];
     OperandRow<T> z[CHANNELS], p[GRADIENT ? CHANNELS : 1], r[GRADIENT ? CHANNELS : 1];
@@ -44,21 +44,17 @@ struct SpreadStage {
   int64_t offset_q[PIXELS], offset_dl[PIXELS], offset_in[PIXELS], offset_out[PIXELS];
 };
 
-// A block owns 64 pixels × 8·NJ channels and walks over the nodes; the tiles of an image are pixels' first.
-template <class T, Spread SPREAD>
-__global__ void __launch_bounds__(SpreadStage<T, SPREAD>::THREADS, 1)
-    node_spread_kernel(SpreadNodes<T, SPREAD> nodes, SpreadMaps<T> maps, NodeShape shape, int pixel_tiles,
-                       int channel_tiles) {
+// By a block: up to 16·WARPS of an image's pixels from `first` to before `end` × 8·NJ channels from c0 on. It
+// walks over the nodes.
+template <class T, Spread SPREAD, int WARPS>
+__device__ inline void spread_tile(SpreadStage<T, SPREAD, WARPS>& stage, const SpreadNodes<T, SPREAD>& nodes,
+                                   const SpreadMaps<T>& maps, const NodeShape& shape, int64_t image,
+                                   int first, int end, int c0) {
   using A = acc_t<T>;
-  using Stage = SpreadStage<T, SPREAD>;
+  using Stage = SpreadStage<T, SPREAD, WARPS>;
   constexpr int PIXELS = Stage::PIXELS, CHANNELS = Stage::CHANNELS, THREADS = Stage::THREADS;
   constexpr bool GRADIENT = Stage::GRADIENT;
-  extern __shared__ __align__(16) double shared[];
-  Stage& stage = *reinterpret_cast<Stage*>(shared);
-  const int c0 = blockIdx.x % channel_tiles * CHANNELS;
-  const int first = blockIdx.x / channel_tiles % pixel_tiles * PIXELS;
-  const int64_t image = blockIdx.x / channel_tiles / pixel_tiles;
-  const int count = min(PIXELS, shape.pixels - first), C = shape.channels, K = shape.nodes;
+  const int count = min(PIXELS, end - first), C = shape.channels, K = shape.nodes;
 
   for (int m = threadIdx.x; m < count; m += THREADS) {
     stage.offset_q[m] = maps.q.offset(image, first + m, shape.columns);
@@ -133,6 +129,19 @@ __global__ void __launch_bounds__(SpreadStage<T, SPREAD>::THREADS, 1)
         u = maps.in.at ? sum.acc[j][e] + u : sum.acc[j][e];
     }
   over_tile(maps.out, stage.offset_out, [&](A& u, int64_t at, int) { maps.out.at[at] = narrow<T>(u); });
+}
+
+// One block per tile; the tiles of an image are pixels' first.
+template <class T, Spread SPREAD>
+__global__ void __launch_bounds__(SpreadStage<T, SPREAD>::THREADS, 1)
+    node_spread_kernel(SpreadNodes<T, SPREAD> nodes, SpreadMaps<T> maps, NodeShape shape, int pixel_tiles,
+                       int channel_tiles) {
+  using Stage = SpreadStage<T, SPREAD>;
+  extern __shared__ __align__(16) double shared[];
+  const int c0 = blockIdx.x % channel_tiles * Stage::CHANNELS;
+  const int first = blockIdx.x / channel_tiles % pixel_tiles * Stage::PIXELS;
+  const int64_t image = blockIdx.x / channel_tiles / pixel_tiles;
+  spread_tile(*reinterpret_cast<Stage*>(shared), nodes, maps, shape, image, first, shape.pixels, c0);
 }
 
 }  // namespace segkernels::cuda

@@ -2,8 +2,7 @@
 #include <tuple>
 
 #include "common/node_maps.h"
-#include "em_attention/kernels.cuh"
-#include "em_attention/pass.cuh"
+#include "em_attention/iterations.cuh"
 #include "soft_assign/launch.h"
 
 namespace segkernels::cuda {
@@ -22,40 +21,57 @@ OfNodes<A> of_nodes(const Tensor& nodes) {
     return {mutable_data<A>(nodes), nodes.stride(0)};
 }
 
-// The regime: one kernel for a pass over the pixels, where the scores of a tile fit its registers; else the
-// products of soft assignment, one after the other.
+// One kernel for a pass over the pixels, where the scores of a tile fit its registers; else the products of
+// soft assignment, one after the other.
 bool in_one_kernel(const Tensor& x, int64_t K) {
   return x.scalar_type() == ScalarType::Double ? false : K <= (x.element_size() == 2 ? 64 : 32);
 }
 
-// The sums are made in parts whose number the size of an image decides, and no other.
+// f(NJ): the tiles of such a kernel are of 8·NJ bases.
+template <class T, class F>
+void by_bases(int64_t K, F&& f) {
+  if (K <= 8)
+    f(std::integral_constant<int, 1>());
+  else if (K <= 32)
+    f(std::integral_constant<int, 4>());
+  else if constexpr (sizeof(T) == 2)
+    f(std::integral_constant<int, 8>());
+}
+
+// The parts that the sums are made in: the size of an image decides, and nothing else. One tile a part; of
+// little more than eight tiles (33 × 33 pixels) eight parts, as many as blocks of a cluster; at most 32.
+template <class Stage, class A>
+PassSums<A> parts_of(int64_t pixels) {
+  constexpr int64_t TILE = Stage::PIXELS, CLUSTER = 8, LITTLE = 16, MOST_PARTS = 32;
+  PassSums<A> parts = {};
+  const bool eight = pixels > CLUSTER * TILE && pixels <= CLUSTER * (TILE + LITTLE);
+  parts.pixels =
+      int(eight ? TILE + LITTLE : std::max<int64_t>(1, ceil_div(pixels, TILE * MOST_PARTS)) * TILE);
+  parts.splits = int(ceil_div(pixels, parts.pixels));
+  return parts;
+}
+// Memory for the sums of `places` images.
+template <class A>
+Gathered make_room(PassSums<A>& parts, const Tensor& like, int64_t places, const NodeShape& shape) {
+  const Tensor sums = empty(like, {places, parts.splits, 1, shape.nodes, shape.channels});
+  const Tensor masses = empty(like, {places, parts.splits, shape.nodes});
+  parts.sums = mutable_data<A>(sums), parts.masses = mutable_data<A>(masses);
+  return {sums, masses};
+}
+
 template <Pass PASS, class T>
 Gathered pass(const Queue& queue, const PassNodes<acc_t<T>>& nodes, const PassMaps<T>& maps, const Tensor& x,
               int64_t K, bool summed) {
   using A = acc_t<T>;
-  constexpr int64_t MOST_PARTS = 32;
   const NodeShape shape = shape_of(x, K);
   Gathered out;
-  const auto run = [&](auto nj) {
+  by_bases<T>(K, [&](auto nj) {
     using Stage = PassStage<T, PASS, nj>;
-    const int64_t B = x.size(0), tiles = ceil_div(shape.pixels, Stage::PIXELS);
-    PassSums<A> sums = {};
-    sums.turns = int(std::max<int64_t>(1, ceil_div(tiles, MOST_PARTS)));
-    sums.splits = int(ceil_div(tiles, sums.turns));
-    if (summed) {
-      out.sums = empty(x, {B, sums.splits, 1, K, shape.channels}, acc_type(x.scalar_type()));
-      out.masses = empty(out.sums, {B, sums.splits, K});
-      sums.sums = mutable_data<A>(out.sums), sums.masses = mutable_data<A>(out.masses);
-    }
-    queue.launch(&em_attention_pass_kernel<T, PASS, nj>, B * sums.splits, Stage::THREADS, sizeof(Stage),
-                 nodes, maps, sums, shape);
-  };
-  if (K <= 8)
-    run(std::integral_constant<int, 1>());
-  else if (K <= 32)
-    run(std::integral_constant<int, 4>());
-  else if constexpr (sizeof(T) == 2)
-    run(std::integral_constant<int, 8>());
+    PassSums<A> sums = parts_of<Stage, A>(shape.pixels);
+    if (summed) out = make_room(sums, empty(x, {0}, acc_type(x.scalar_type())), x.size(0), shape);
+    queue.launch(&em_attention_pass_kernel<T, PASS, nj>, x.size(0) * sums.splits, Stage::THREADS,
+                 sizeof(Stage), nodes, maps, sums, shape);
+  });
   return out;
 }
 
@@ -131,9 +147,92 @@ void bases(const Queue& queue, const Gathered& gathered, const MaybeTensor& w, c
     sums = empty(mu, {B, K, D}), splits = 1;
     fold<A>(queue, sum, torch::stable::transpose(*w, 0, 1), std::nullopt, sums, std::nullopt);
   }
-  queue.launch(&em_attention_bases_kernel<A>, B * K, BLOCK, 0, const_data<A>(sums), splits,
-               const_data<A>(gathered.masses), gathered.splits(), data<A>(b), int(K), int(D), norm,
-               of_nodes<A>(mu), s ? of_nodes<A>(*s) : OfNodes<A>{}, r ? of_nodes<A>(*r) : OfNodes<A>{});
+  const MStep<A> step = {const_data<A>(sums),
+                         const_data<A>(gathered.masses),
+                         data<A>(b),
+                         splits,
+                         gathered.splits(),
+                         norm,
+                         of_nodes<A>(mu),
+                         s ? of_nodes<A>(*s) : OfNodes<A>{},
+                         r ? of_nodes<A>(*r) : OfNodes<A>{}};
+  queue.launch(&em_attention_bases_kernel<A>, B * K, BLOCK, 0, step, int(K), int(D));
+}
+
+// A call of the forward: its outputs, and which are of which step.
+struct __attribute__((visibility("hidden"))) Forward {
+  Tensor x, z, y, m, h, s, r;
+  MaybeTensor lam;
+  Norm norm;
+  int64_t iterations, depth, steps, first;  // E-steps; the first whose bases are in h
+
+  Forward(const Tensor& x, const Tensor& mu, const MaybeTensor& lam, Norm norm, int64_t iterations,
+          int64_t depth)
+      : x(x), lam(lam), norm(norm), iterations(iterations), depth(std::max<int64_t>(0, depth)) {
+    const int64_t B = mu.size(0), K = mu.size(1), D = mu.size(2), kept = std::max<int64_t>(1, depth);
+    steps = std::max<int64_t>(1, iterations);
+    first = depth < 0 ? steps : steps - kept + (steps <= kept);  // step 0 begins from mu, which is known
+    z = map_like(x, K, mu.scalar_type()), y = map_like(x, D, x.scalar_type());
+    m = empty(mu, {B, K, D});
+    h = empty(mu, depth < 0 ? std::vector<int64_t>{0} : std::vector{B, steps - first, K, D});
+    s = empty(mu, {B, this->depth, K}), r = empty(mu, {B, this->depth, K});
+    Tensor begin = bases(0);
+    torch::stable::copy_(begin, mu);
+  }
+  // In front of E-step t, and behind the last.
+  Tensor bases(int64_t t) const { return t < first || t >= iterations ? m : select(h, 1, t - first); }
+  // s or r of its M-step
+  MaybeTensor of_step(const Tensor& kept, int64_t t) const {
+    const int64_t at = t - iterations + depth;
+    return at < 0 ? std::nullopt : MaybeTensor(select(kept, 1, at));
+  }
+  template <class T>
+  Iterations<T> on_device() const {
+    using A = acc_t<T>;
+    const Course<A> course = {
+        mutable_data<A>(m), mutable_data<A>(h), mutable_data<A>(s), mutable_data<A>(r),
+        int(iterations),    int(first),         int(depth),         nodes_vectorise(m) && nodes_vectorise(h)};
+    return {pixel_map<const T>(x), pixel_map<A>(z), pixel_map<T>(y), data<A>(lam), course, norm, x.size(0)};
+  }
+};
+
+// All iterations in one launch, by the regime that an image's size and the GPU allow; false: by none.
+// - In clusters, where an image's features fit the shared memory of at most 8 blocks: they are read once. 16
+//   blocks would need an attribute that not every GPU has, and keep more of its SMs idle than they spare.
+// - In a cooperative grid, where the features of the images at hand stay in two thirds of the L2 cache, the
+//   rest for sums and maps. Fewer teams than the GPU has blocks for are worse than features out of memory
+//   once they are fewer than half: EM is as much computation as it is reading.
+template <class T, int NJ>
+bool in_one_launch(const Queue& queue, const Forward& call) {
+  using Stage = IterationStage<T, NJ>;
+  constexpr int THREADS = Stage::Tile::THREADS;
+  const NodeShape shape = shape_of(call.x, call.m.size(1));
+  Iterations<T> of = call.on_device<T>();
+  of.sums = parts_of<typename Stage::Tile, acc_t<T>>(shape.pixels);
+  const int splits = of.sums.splits;
+  const auto run = [&](auto team, Together together, int64_t teams, size_t shared) {
+    team.blocks = splits;
+    const Gathered room = make_room(of.sums, call.m, teams, shape);
+    queue.launch_together(together, &em_attention_iterations_kernel<T, NJ, decltype(team)>, teams * splits,
+                          THREADS, shared, team, of, shape);
+    return true;
+  };
+
+  const int pixels = std::min(of.sums.pixels, shape.pixels);
+  const size_t kept = sizeof(Stage) + KeptFeatures<T>::bytes(pixels, shape.channels);
+  if (queue.has_clusters(&em_attention_iterations_kernel<T, NJ, ClusterTeam>, splits, THREADS, kept))
+    return run(ClusterTeam(), {splits}, of.images, kept);
+
+  const int64_t bytes = int64_t(shape.pixels) * shape.channels * sizeof(T);
+  const int64_t cached = queue.attribute(cudaDevAttrL2CacheSize) / 3 * 2 / bytes;
+  const int64_t blocks =
+      queue.most_together(&em_attention_iterations_kernel<T, NJ, GridTeam>, THREADS, sizeof(Stage));
+  const int64_t busy = std::min(of.images, blocks / splits), teams = std::min(busy, cached);
+  if (teams == 0 || 2 * teams < busy) return false;
+  Tensor arrived = empty(call.m, {teams}, ScalarType::Int);
+  torch::stable::zero_(arrived);
+  const GridTeam team = {{}, reinterpret_cast<unsigned*>(mutable_data<int32_t>(arrived))};
+  return run(team, {0, true}, teams, sizeof(Stage));
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -145,6 +244,31 @@ void check(const Tensor& x, const Tensor& mu, int64_t channels) {
                   "segkernels: x [B, C, H, W] and mu [B, K, D] of the accumulation type do not fit");
 }
 
+// A launch for each pass and M-step, and one for the reconstruction; w [D, C] and b [D] may be folded in.
+void launch_by_launch(const Queue& queue, const Forward& of, const MaybeTensor& w, const MaybeTensor& b) {
+  const int64_t B = of.m.size(0), K = of.m.size(1);
+  by_storage(of.x, [&](auto storage) {
+    using A = acc_t<decltype(storage)>;
+    for (int64_t t = 0; t < of.steps; ++t) {
+      Tensor p = of.bases(t);
+      MaybeTensor bias;
+      if (w) {
+        const Tensor unfolded = p;
+        p = empty(of.m, {B, K, w->size(1)});
+        if (b) bias = empty(of.m, {B, K});
+        fold<A>(queue, unfolded, *w, b, p, bias);
+      }
+      if (of.iterations == 0) {
+        responsibilities(queue, of.x, p, bias, of.lam, of.z);
+        break;
+      }
+      const Gathered gathered = expectation(queue, of.x, p, bias, of.lam, of.x, of.z, t + 1 == of.iterations);
+      bases<A>(queue, gathered, w, b, of.norm, of.bases(t + 1), of.of_step(of.s, t), of.of_step(of.r, t));
+    }
+  });
+  reconstruction(queue, of.m, of.z, of.y);
+}
+
 Six em_attention(Tensor x, Tensor mu, MaybeTensor lam, MaybeTensor w, MaybeTensor b, int64_t iterations,
                  int64_t depth, bool clamp, bool assignment) {
   const Queue queue(x);
@@ -152,45 +276,15 @@ Six em_attention(Tensor x, Tensor mu, MaybeTensor lam, MaybeTensor w, MaybeTenso
                   "segkernels: w must be [D, C], without gradients");
   check(x, mu, w ? w->size(0) : x.size(1));
   if (b) b = dense(*b);
-  const int64_t B = mu.size(0), K = mu.size(1), D = mu.size(2), steps = std::max<int64_t>(1, depth);
-  const Tensor z = map_like(x, K, mu.scalar_type()), y = map_like(x, D, x.scalar_type());
-  const int64_t given = iterations <= steps;  // the first step begins from mu, which is known
-  const Tensor h = empty(mu, depth < 0 ? std::vector<int64_t>{0} : std::vector{B, steps - given, K, D});
-  const Tensor s = empty(mu, {B, std::max<int64_t>(0, depth), K}), r = empty(mu, {B, s.size(1), K});
-  Tensor m = empty(mu, {B, K, D});
-  // where the bases of E-step t belong, and those behind the last
-  const int64_t last = std::max<int64_t>(1, iterations), first = last - steps + given;
-  const auto place = [&](int64_t t) {
-    if (depth >= 0 && t >= first && t < last) return select(h, 1, t - first);
-    return t == iterations ? m : empty(mu, {B, K, D});
-  };
-  const auto kept = [&](const Tensor& of, int64_t t) {
-    return t >= iterations - depth ? MaybeTensor(select(of, 1, t - iterations + depth)) : std::nullopt;
-  };
-  by_storage(x, [&](auto storage) {
-    using A = acc_t<decltype(storage)>;
-    Tensor now = place(0);
-    torch::stable::copy_(now, mu);
-    if (iterations == 0) torch::stable::copy_(m, mu);
-    for (int64_t t = 0; t < last; ++t) {
-      Tensor p = now;
-      MaybeTensor bias;
-      if (w) {
-        p = empty(mu, {B, K, x.size(1)});
-        if (b) bias = empty(mu, {B, K});
-        fold<A>(queue, now, *w, b, p, bias);
-      }
-      if (iterations == 0) {
-        responsibilities(queue, x, p, bias, lam, z);
-        break;
-      }
-      const Gathered gathered = expectation(queue, x, p, bias, lam, x, z, t + 1 == iterations);
-      now = place(t + 1);
-      bases<A>(queue, gathered, w, b, {clamp}, now, kept(s, t), kept(r, t));
-    }
-  });
-  reconstruction(queue, m, z, y);
-  return {y, assignment ? z : empty(mu, {0}), m, h, s, r};
+  const Forward of(x, mu, lam, {clamp}, iterations, depth);
+  bool done = false;
+  if (in_one_kernel(x, mu.size(1)) && !w && iterations > 0 && x.numel() > 0)
+    by_narrow_storage(x, [&](auto storage) {
+      using T = decltype(storage);
+      by_bases<T>(mu.size(1), [&](auto nj) { done = in_one_launch<T, nj>(queue, of); });
+    });
+  if (!done) launch_by_launch(queue, of, w, b);
+  return {of.y, assignment ? of.z : empty(mu, {0}), of.m, of.h, of.s, of.r};
 }
 
 // dx = Σ_t z_t da_t + dl_t λμ is one product, of maps [B, P, H, W] with nodes [B, P, C]; here are their parts

@@ -35,28 +35,49 @@ struct OfNodes {
   __device__ A* row(int64_t image, int64_t within) const { return at + image * stride + within; }
 };
 
-// One block per (image, base): μ = a / d from the parts of a [B, splits, K, D] and of s [B, mass_splits, K];
-// shift [D] comes to a for each unit of mass.
+// An M-step: μ = a / d from the parts of a [B, splits, K, D] and of s [B, mass_splits, K]; shift [D], which
+// may be absent, comes to a for each unit of mass. s and r may be absent.
 template <class A>
-__global__ void __launch_bounds__(BLOCK, 1)
-    em_attention_bases_kernel(const A* __restrict__ sums, int splits, const A* __restrict__ masses,
-                              int mass_splits, const A* __restrict__ shift, int nodes, int channels,
-                              Norm norm, OfNodes<A> mu, OfNodes<A> s, OfNodes<A> r) {
-  __shared__ BlockSum sum_of;
-  const int64_t image = blockIdx.x / nodes, size = int64_t(nodes) * channels;
-  const int k = blockIdx.x % nodes;
-  const A mass = sum_of_parts(masses + image * mass_splits * nodes + k, mass_splits, nodes);
-  A* const row = mu.row(image, int64_t(k) * channels);
-  double square = 0;
-  for (int c = threadIdx.x; c < channels; c += BLOCK) {
-    A a = sum_of_parts(sums + image * splits * size + int64_t(k) * channels + c, splits, size);
-    if (shift) a += mass * shift[c];
-    row[c] = a;
-    square += double(a) * a;
+struct MStep {
+  const A *sums, *masses, *shift;
+  int splits, mass_splits;
+  Norm norm;
+  OfNodes<A> mu, s, r;
+};
+
+// By a block: the bases first, first + step, … of an image, whose sums are the `place`th. All threads add up
+// the parts, then a warp owns a base.
+template <class A>
+__device__ inline void make_bases(const MStep<A>& of, int64_t image, int64_t place, int first, int step,
+                                  int nodes, int channels) {
+  const int64_t size = int64_t(nodes) * channels;
+  const A* const masses = of.masses + place * of.mass_splits * nodes;
+  const auto mass = [&](int k) { return sum_of_parts(masses + k, of.mass_splits, nodes); };
+  const auto row = [&](int k) { return of.mu.row(image, int64_t(k) * channels); };
+  for (int k = first; k < nodes; k += step)
+    for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+      const A a = sum_of_parts(of.sums + (place * of.splits * nodes + k) * channels + c, of.splits, size);
+      row(k)[c] = of.shift ? a + mass(k) * of.shift[c] : a;
+    }
+  __syncthreads();
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+  for (int k = first + warp * step; k < nodes; k += warps * step) {
+    A* const mu = row(k);
+    double square = 0;
+    for (int c = lane; c < channels; c += WARP) square += double(mu[c]) * mu[c];
+    for (int over = 1; over < WARP; over *= 2) square += __shfl_xor_sync(ALL_LANES, square, over);
+    const A s = mass(k);
+    const double length = sqrt(square), divisor = of.norm.divisor(length, s);
+    for (int c = lane; c < channels; c += WARP) mu[c] = A(mu[c] / divisor);
+    if (lane == 0 && of.s.at) *of.s.row(image, k) = s, *of.r.row(image, k) = A(length);
   }
-  const double length = sqrt(sum_of(square)), divisor = norm.divisor(length, mass);
-  for (int c = threadIdx.x; c < channels; c += BLOCK) row[c] = A(row[c] / divisor);
-  if (threadIdx.x == 0 && s.at) *s.row(image, k) = mass, *r.row(image, k) = A(length);
+}
+
+// One block per (image, base).
+template <class A>
+__global__ void __launch_bounds__(BLOCK, 1) em_attention_bases_kernel(MStep<A> of, int nodes, int channels) {
+  const int64_t image = blockIdx.x / nodes;
+  make_bases(of, image, image, blockIdx.x % nodes, nodes, nodes, channels);
 }
 
 // What the backward does between two passes over the pixels. `sums`, in `splits` parts, are of z dyᵀ in front

@@ -28,12 +28,19 @@ struct PassMaps {
   PixelMap<const T> x, v;
   PixelMap<acc_t<T>> z, dl;
   PixelMap<const acc_t<T>> dq;
+  int origin;  // the pixel of an image that x and v begin with
 };
-// sums [B, splits, K, C], which may be absent, and masses [B, splits, K]; a part has `turns` tiles.
+// sums [B, splits, K, C], which may be absent, and masses [B, splits, K]; a part has `pixels` pixels, the
+// last one of an image what is left.
 template <class A>
 struct PassSums {
   A *sums, *masses;
-  int splits, turns;
+  int splits, pixels;
+};
+// One of those parts: its pixels, and its place among all sums.
+struct Part {
+  int64_t image, place;
+  int begin, end;
 };
 
 // A warp has 16 pixels of the scores and 16 channels of the sums.
@@ -44,15 +51,18 @@ struct PassStage {
   static constexpr int CHANNELS = WARPS * 16;
   static constexpr int RESIDENT = PASS == Pass::expectation && NJ == 1 ? 2 : 1;  // blocks of a multiprocessor
   static_assert(DEPTH<A> == 16, "the pixels of a warp are one stage of the sums");
+  using OfMap = OperandRow<T, HALVES_OF_MAP<T>>;
+  using BesideMap = OperandRow<T, HALVES_BESIDE_MAP<T>>;
   struct Scores {
-    OperandRow<T> x[PIXELS], p[NODES], da[PASS == Pass::gradient ? NODES : 1];
+    OfMap x[PIXELS];
+    BesideMap p[NODES], da[PASS == Pass::gradient ? NODES : 1];
   };
   union {
     Scores scores;
-    OperandRow<T> v[CHANNELS];
+    OfMap v[CHANNELS];
     A mass[WARPS][NODES];
   };
-  OperandRow<T> rows[WARPS][NODES];            // z or dl
+  BesideMap rows[WARPS][NODES];                // z or dl
   A bias[NODES];                               // b or ds
   int64_t offset_x[PIXELS], offset_v[PIXELS];  // −1 beyond the last pixel
 };
@@ -192,28 +202,26 @@ __device__ inline void pass_sums(PassStage<T, PASS, NJ>& stage, const PassMaps<T
   }
 }
 
+// By a block: one part.
 template <class T, Pass PASS, int NJ>
-__global__ void __launch_bounds__(PassStage<T, PASS, NJ>::THREADS, PassStage<T, PASS, NJ>::RESIDENT)
-    em_attention_pass_kernel(PassNodes<acc_t<T>> nodes, PassMaps<T> maps, PassSums<acc_t<T>> out,
-                             NodeShape shape) {
+__device__ inline void pass_over(PassStage<T, PASS, NJ>& stage, const PassNodes<acc_t<T>>& nodes,
+                                 const PassMaps<T>& maps, const PassSums<acc_t<T>>& out,
+                                 const NodeShape& shape, const Part& part) {
   using A = acc_t<T>;
   using Stage = PassStage<T, PASS, NJ>;
-  extern __shared__ __align__(16) double shared[];
-  Stage& stage = *reinterpret_cast<Stage*>(shared);
   const int C = shape.channels, K = shape.nodes, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  const int64_t part = blockIdx.x, image = part / out.splits;
-  const int begin = int(part % out.splits) * out.turns * Stage::PIXELS;
-  const int end = min(shape.pixels, begin + out.turns * Stage::PIXELS);
+  const int64_t image = part.image;
   const A lam = nodes.lam ? *nodes.lam : A(1);
   A mass[(Stage::NODES + WARP - 1) / WARP] = {};
   for (int k = threadIdx.x; k < K; k += Stage::THREADS)
     stage.bias[k] = nodes.b ? nodes.b[image * K + k] : A(0);
-  for (int first = begin; first < end; first += Stage::PIXELS) {
-    const int count = min(Stage::PIXELS, end - first);
+  for (int first = part.begin; first < part.end; first += Stage::PIXELS) {
+    const int count = min(Stage::PIXELS, part.end - first);
     __syncthreads();  // the tile before has been used
     for (int m = threadIdx.x; m < Stage::PIXELS; m += Stage::THREADS) {
-      stage.offset_x[m] = m < count ? maps.x.offset(image, first + m, shape.columns) : -1;
-      stage.offset_v[m] = m < count ? maps.v.offset(image, first + m, shape.columns) : -1;
+      const int pixel = first - maps.origin + m;
+      stage.offset_x[m] = m < count ? maps.x.offset(image, pixel, shape.columns) : -1;
+      stage.offset_v[m] = m < count ? maps.v.offset(image, pixel, shape.columns) : -1;
     }
     __syncthreads();
     NodeProduct<T, NJ> z, dz;
@@ -250,8 +258,8 @@ __global__ void __launch_bounds__(PassStage<T, PASS, NJ>::THREADS, PassStage<T, 
           for (int m = 0; m < 16; ++m) mass[i] += stage.rows[warp][k].get(m);
     }
     pass_sums(stage, maps, shape, count, [&](int c, int k, A sum) {
-      A& at = out.sums[(part * K + k) * C + c];
-      at = first == begin ? sum : at + sum;
+      A& at = out.sums[(part.place * K + k) * C + c];
+      at = first == part.begin ? sum : at + sum;
     });
   }
   if (PASS != Pass::expectation || !out.sums) return;
@@ -263,8 +271,27 @@ __global__ void __launch_bounds__(PassStage<T, PASS, NJ>::THREADS, PassStage<T, 
   for (int k = threadIdx.x; k < K; k += Stage::THREADS) {
     A sum = 0;
     for (int w = 0; w < Stage::WARPS; ++w) sum += stage.mass[w][k];
-    out.masses[part * K + k] = sum;
+    out.masses[part.place * K + k] = sum;
   }
+}
+
+// The part `split` of an image, whose sums are the `place`th.
+template <class A>
+__device__ inline Part part_of(const PassSums<A>& out, const NodeShape& shape, int64_t image, int64_t place,
+                               int split) {
+  const int begin = split * out.pixels;
+  return {image, place * out.splits + split, begin, min(shape.pixels, begin + out.pixels)};
+}
+
+template <class T, Pass PASS, int NJ>
+__global__ void __launch_bounds__(PassStage<T, PASS, NJ>::THREADS, PassStage<T, PASS, NJ>::RESIDENT)
+    em_attention_pass_kernel(PassNodes<acc_t<T>> nodes, PassMaps<T> maps, PassSums<acc_t<T>> out,
+                             NodeShape shape) {
+  using Stage = PassStage<T, PASS, NJ>;
+  extern __shared__ __align__(16) double shared[];
+  const int64_t image = blockIdx.x / out.splits;
+  pass_over(*reinterpret_cast<Stage*>(shared), nodes, maps, out, shape,
+            part_of(out, shape, image, image, blockIdx.x % out.splits));
 }
 
 }  // namespace segkernels::cuda

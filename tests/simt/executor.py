@@ -185,6 +185,26 @@ class Launch(NamedTuple):
     cluster: int  # blocks
 
 
+class Device(NamedTuple):
+    """What a library of the executor may say of its device; to begin with, that of an H200."""
+
+    ptx: int = 90  # what the kernels are compiled for; clusters from 90 on
+    multiprocessors: int = 132
+    shared: int = 227 << 10  # bytes that a block can have
+    l2: int = 50 << 20  # bytes
+
+
+@contextmanager
+def on(device: Device, library: Path) -> Iterator[None]:
+    """Within it a loaded library has this device."""
+    functions = ctypes.CDLL(str(library))
+    functions.simt_device(*device)
+    try:
+        yield
+    finally:
+        functions.simt_device(*Device())
+
+
 @contextmanager
 def planned(library: Path) -> Iterator[list[Launch]]:
     """Within it the launch code of a loaded library runs and its launches are noted, not run.

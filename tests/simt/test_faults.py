@@ -72,6 +72,12 @@ FAULTS = [
     ("race_of_reader", {"blocks": 2}, "race|unwritten", THREAD + ELEMENT + r"tensor\+0x"),
     ("race_with_atomic", {}, "race", THREAD + ".*count.*, not ordered after"),
     ("no_fence", {"blocks": 4, "threads": 1, "zero": True}, "race", THREAD + "a read .*of block"),
+    (
+        "counted_without_fence",
+        {"blocks": 2, "threads": 1, "zero": True, "cooperative": True},
+        "race",
+        "block 1, thread 0: a read .*of block 0",
+    ),
     ("copy_not_waited_for", {}, "unwritten", THREAD + r"a read of 4 bytes at values\+0x"),
     ("copy_without_barrier", {}, "race|unwritten", THREAD + ELEMENT + r"values\+0x"),
     (
@@ -93,7 +99,13 @@ def test_a_fault_is_reported(kernel: str, launch: dict[str, int], kind: str, wor
 
 @pytest.mark.parametrize(
     "launch",
-    [{"threads": 1025}, {"shared": 48 * 1024 + 1}, {"blocks": 3, "cluster": 2}, {"blocks": 0}],
+    [
+        {"threads": 1025},
+        {"shared": 48 * 1024 + 1},
+        {"blocks": 3, "cluster": 2},
+        {"blocks": 0},
+        {"blocks": 2 * 132 + 1, "threads": 1024, "cooperative": True},
+    ],
     ids=str,
 )
 def test_a_launch_that_a_device_refuses(launch: dict[str, int]) -> None:

@@ -204,6 +204,22 @@ MUTANTS = {
         "watch",
         "race: em_attention_pass_kernel" + PLACE + ".*, not ordered after",
     ),
+    "sums added up before all are there": Mutant(
+        EM,
+        "em_attention/iterations.cuh",
+        "      team.barrier();\n      make_bases",
+        "      make_bases",
+        "watch",
+        "(race|unwritten): em_attention_iterations_kernel" + PLACE + "a read of 4 bytes at tensor",
+    ),
+    "bases read before they are made": Mutant(
+        EM,
+        "em_attention/iterations.cuh",
+        "      team.barrier();\n    }\n",
+        "    }\n",
+        "watch",
+        "race: em_attention_iterations_kernel" + PLACE + ".*, not ordered after",
+    ),
     "no temperature in a backward": Mutant(
         EM,
         "em_attention/pass.cuh",

@@ -80,6 +80,14 @@ def test_a_cooperative_grid() -> None:
     assert torch.equal(y[129:].view(4, 32), x.roll(-1, 0))
 
 
+def test_teams_of_blocks_that_count_themselves() -> None:
+    x = drawn(4, 32)
+    launch = {"blocks": 4, "threads": 32, "cooperative": True, "zero": True}
+    y = semantics("counted_barrier", x, 2 + 4 * 128, **launch)[2 + 128 :].view(3, 4, 32)
+    other = x[[1, 0, 3, 2]]
+    assert torch.equal(y, torch.stack([other, x, other]))
+
+
 def test_copies_in_flight() -> None:
     x = drawn(5 * 32)
     y = semantics("copies", x, 5 * 32, threads=32, shared=256)

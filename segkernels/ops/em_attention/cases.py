@@ -114,6 +114,7 @@ AWKWARD = (
         temperature=1.5,
         assignment=True,
     ),
+    Case("ten_tiles", (1, 8, 34, 34), 3, iterations=2, gradient="last+bases"),
     Case("no_iteration", (2, 12, 6, 7), 4, iterations=0, assignment=True),
     Case("many_iterations", (2, 12, 6, 7), 4, iterations=7),
     Case("hard", (2, 12, 6, 7), 4, iterations=1, length=30),

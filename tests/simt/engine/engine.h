@@ -127,7 +127,7 @@ constexpr size_t STACK_BYTES = 256 * 1024;
 
 // What every access and every synchronisation tells the watch (watch.cpp), where it is built in.
 namespace watch {
-enum Access { read, write, update, exchange };  // the last two are atomics; an exchange does not read
+enum Access { read, write, observe, update, exchange };  // from observe on atomics: read, both, write
 #ifdef SIMT_WATCH
 void begin(Team&);
 void access(const void* p, size_t bytes, Access);
@@ -137,6 +137,7 @@ void complete(Barrier&);
 void leave(const Barrier&, Fibre&, bool at_once);  // since it arrived
 void fence(Fibre&);
 void synchronise(const void* p, Fibre&);
+void acquire(const void* p, Fibre&);
 #else
 inline void begin(Team&) {}
 inline void access(const void*, size_t, Access) {}
@@ -146,6 +147,7 @@ inline void complete(Barrier&) {}
 inline void leave(const Barrier&, Fibre&, bool) {}
 inline void fence(Fibre&) {}
 inline void synchronise(const void*, Fibre&) {}
+inline void acquire(const void*, Fibre&) {}
 #endif
 }  // namespace watch
 

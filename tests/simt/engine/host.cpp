@@ -19,6 +19,11 @@ std::string plan;  // a line a launch
 
 }  // namespace
 
+Device& device() {
+  static Device here;
+  return here;
+}
+
 size_t& allowed_shared(const void* kernel) {
   static std::map<const void*, size_t> allowed;
   return allowed.try_emplace(kernel, 48 * 1024).first->second;
@@ -46,6 +51,9 @@ int launch(const Launch& launch) {
   const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
   if (blocks == 0 || threads == 0 || threads > 1024) return kInvalidConfiguration;
   if (launch.cluster == 0 || launch.cluster > 8 || blocks % launch.cluster) return kInvalidConfiguration;
+  if (launch.cluster > 1 && device().ptx < 90) return kInvalidConfiguration;
+  const size_t together = resident(threads, launch.shared_bytes) * size_t(device().multiprocessors);
+  if (launch.cooperative && blocks > together) return kTooLarge;
   if (launch.shared_bytes > allowed_shared(launch.kernel)) return kInvalidValue;
   if (!planning) return run(launch);
   plan += symbol_of(launch.kernel);
@@ -73,6 +81,10 @@ extern "C" {
 void simt_plan(int on) {
   simt::planning = on != 0;
   if (on) simt::plan.clear();
+}
+// The device from now on.
+void simt_device(int ptx, int multiprocessors, int shared_bytes, int l2_bytes) {
+  simt::device() = {ptx, multiprocessors, size_t(shared_bytes), l2_bytes};
 }
 // "symbol blocks threads bytes-of-dynamic-shared-memory blocks-of-a-cluster", a line a launch.
 const char* simt_planned() { return simt::plan.c_str(); }

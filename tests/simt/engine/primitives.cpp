@@ -29,6 +29,11 @@ unsigned lanes_of(unsigned mask) {
   return mask & there;
 }
 
+// It came for an atomic and changed nothing.
+void spin() {
+  if (++running->unchanged > 100000) fault("barrier", "spins on an atomic that nobody changes");
+}
+
 unsigned count(unsigned lanes) { return unsigned(__builtin_popcount(lanes)); }
 
 }  // namespace
@@ -158,16 +163,27 @@ void atomic(void* p, size_t bytes, bool reads, void (*change)(void* value, const
   std::memcpy(old, p, bytes);
   std::memcpy(value, p, bytes);
   change(value, argument);
-  unsigned& unchanged = running->unchanged;
-  unchanged = std::memcmp(value, p, bytes) ? 0 : unchanged + 1;
+  if (std::memcmp(value, p, bytes))
+    running->unchanged = 0;
+  else
+    spin();
   std::memcpy(p, value, bytes);
-  if (unchanged > 100000) fault("barrier", "spins on an atomic that nobody changes");
   yield();
 }
 
 void fence() {
   const AtWork now;
   watch::fence(*running);
+}
+
+unsigned load_acquire(const unsigned* p) {
+  const AtWork now;
+  watch::access(p, sizeof *p, watch::observe);
+  watch::acquire(p, *running);
+  const unsigned value = *p;
+  spin();
+  yield();
+  return value;
 }
 
 }  // namespace simt

@@ -89,6 +89,23 @@ void copy_wait(size_t groups_left);
 void atomic(void* p, size_t bytes, bool reads, void (*change)(void* value, const void* argument),
             const void* argument, void* old);
 void fence();
+// *p, ordered after the atomics that made it so.
+unsigned load_acquire(const unsigned* p);
+
+// What the device says of itself: to begin with, an H200.
+struct Device {
+  int ptx = 90;  // what the kernels are compiled for; clusters from 90 on
+  int multiprocessors = 132;
+  size_t shared_bytes = SHARED_BYTES;  // that a block can have
+  int l2_bytes = 50 << 20;
+};
+Device& device();
+// Blocks of a multiprocessor by threads and shared memory.
+inline size_t resident(unsigned threads, size_t shared_bytes) {
+  const size_t by_threads = 2048 / threads,
+               by_shared = (device().shared_bytes + 1024) / (shared_bytes + 1024);
+  return by_threads < by_shared ? by_threads : by_shared;
+}
 
 struct Launch {
   const void* kernel;

@@ -10,6 +10,8 @@ inline void named_barrier_arrive(int name, int threads) {
   simt::named_barrier(name, unsigned(threads), false);
 }
 
+inline unsigned load_acquire(const unsigned* p) { return simt::load_acquire(p); }
+
 inline unsigned cluster_rank() { return simt::cluster_rank(); }
 inline unsigned cluster_blocks() { return simt::cluster_blocks(); }
 inline void cluster_arrive() { simt::cluster_arrive(); }

@@ -94,5 +94,6 @@ void synchronise(const void* p, Fibre& fibre) {
   learn(fibre.acquirable, mine_apart(here));
   learn(here, of_others(fibre.released));
 }
+void acquire(const void* p, Fibre& fibre) { learn(fibre.past, mine_apart(published[p])); }
 
 }  // namespace simt::watch

@@ -30,9 +30,9 @@ struct Use {
   uintptr_t at;
   size_t bytes;
   Access how;
-  bool writes() const { return how != read; }
-  bool reads() const { return how == read || how == update; }
-  bool atomic() const { return how == update || how == exchange; }
+  bool writes() const { return how != read && how != observe; }
+  bool reads() const { return how != write && how != exchange; }
+  bool atomic() const { return how >= observe; }
 };
 const char* name(bool writes, bool atomic) { return atomic ? "an atomic" : writes ? "a write" : "a read"; }
 

@@ -136,6 +136,18 @@ __global__ void no_fence_kernel(const float* x, float* y, int) {
   y[0] = 0;
   for (unsigned b = 0; b < gridDim.x; ++b) y[0] += y[2 + b];
 }
+// A block that counts itself releases nothing without a fence, whoever acquires the count.
+__global__ void counted_without_fence_kernel(const float* x, float* y, int) {
+  unsigned* arrived = reinterpret_cast<unsigned*>(y);
+  if (blockIdx.x == 0) {
+    y[1] = x[0];
+    atomicAdd(arrived, 1u);
+  } else {
+    while (load_acquire(arrived) == 0) {
+    }
+    y[2] = y[1];
+  }
+}
 __global__ void copy_not_waited_for_kernel(const float* x, float* y, int) {
   __shared__ __align__(16) float values[64];
   copy_async<4>(values + threadIdx.x, x + threadIdx.x);
@@ -197,6 +209,7 @@ const Kernels faults_kernels = {
     {"race_of_reader", race_of_reader_kernel},
     {"race_with_atomic", race_with_atomic_kernel},
     {"no_fence", no_fence_kernel},
+    {"counted_without_fence", counted_without_fence_kernel},
     {"copy_not_waited_for", copy_not_waited_for_kernel},
     {"copy_without_barrier", copy_without_barrier_kernel},
     {"ended_block", ended_block_kernel},

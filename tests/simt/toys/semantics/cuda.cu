@@ -108,6 +108,23 @@ __global__ void grid_barrier_kernel(const float* x, float* y, int) {
   y[1 + all + index()] = y[1 + (index() + blockDim.x) % all];
 }
 
+// Teams of two blocks do so three times, by one counter for each: y = x of the other block, three times over.
+// y: the counters (zero), what the blocks tell each other, the results.
+__global__ void counted_barrier_kernel(const float* x, float* y, int) {
+  const int teams = gridDim.x / 2, all = gridDim.x * blockDim.x;
+  unsigned* arrived = reinterpret_cast<unsigned*>(y) + blockIdx.x / 2;
+  float *told = y + teams, *out = told + all;
+  const int other = (blockIdx.x ^ 1) * blockDim.x + threadIdx.x;
+  float value = x[index()];
+  for (int turn = 0; turn < 3; ++turn) {
+    told[index()] = value;
+    counted_barrier(arrived, 2);
+    value = told[other];
+    counted_barrier(arrived, 2);
+    out[turn * all + index()] = value;
+  }
+}
+
 // The order in which the threads came by. y: a counter (zero), then each thread's place.
 __global__ void arrivals_kernel(const float*, float* y, int) {
   y[1 + threadIdx.x] = float(atomicAdd(reinterpret_cast<unsigned*>(y), 1u));
@@ -209,6 +226,7 @@ const Kernels semantics_kernels = {
     {"atomics", atomics_kernel},
     {"last_block", last_block_kernel},
     {"grid_barrier", grid_barrier_kernel},
+    {"counted_barrier", counted_barrier_kernel},
     {"arrivals", arrivals_kernel},
     {"copies", copies_kernel},
     {"cluster", cluster_kernel},
