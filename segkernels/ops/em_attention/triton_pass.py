@@ -172,8 +172,8 @@ def in_one_kernel(x: torch.Tensor, bases: int) -> bool:
 
 
 def pass_tile(x: torch.Tensor, bases: int) -> dict[str, int]:
-    """Blocks of a pass, and its warps. Few channels at a time of float32 and float16, where a
-    thread keeps all factors of a product, and two halves of each; of NCHW an address an element.
+    """Blocks of a pass, and its warps. Few channels on their way of float32 and float16, where a
+    thread keeps all factors of a product, and two halves of each; in NCHW an address an element.
     """
     few = x.dtype != torch.bfloat16 or not layouts.is_channels_last(x)
     return {
@@ -181,7 +181,7 @@ def pass_tile(x: torch.Tensor, bases: int) -> dict[str, int]:
         "BLOCK_C": layouts.fit(x.size(1), 16 if few and not layouts.INTERPRETED else 32),
         "BLOCK_K": layouts.fit(bases, 64),
         "num_warps": 8,
-        "num_stages": 2 if x.element_size() == 2 else 1,
+        "num_stages": 2 if x.dtype == torch.bfloat16 else 1,
     }
 
 
