@@ -202,7 +202,7 @@ MUTANTS = {
         "    __syncthreads();  // the stage before has been used\n    x.put(from_x, tile.x);\n",
         "    x.put(from_x, tile.x);\n",
         "watch",
-        "race: em_attention_pass_kernel" + PLACE + ".*, not ordered after",
+        "race: em_attention_iterations_kernel" + PLACE + ".*, not ordered after",
     ),
     "sums added up before all are there": Mutant(
         EM,
