@@ -17,14 +17,13 @@ void load_block(const T* map, const Pixels& at, int64_t pixels, const A* centre,
   constexpr int64_t lanes = Vec<A>::lanes;
   const Vec<A> zero = splat(A(0));
   if (at.channel == 1) {
-    for (int64_t t = 0; t < pixels; ++t) {
-      const T* from = map + t * at.pixel;
-      A* to = out[t];
-      const auto move = [&](int64_t c, Vec<A> x) { store(to + c, centre ? x - load(centre + c) : x); };
-      int64_t c = 0;
-      for (; c + lanes <= at.C; c += lanes) move(c, load<A>(from + c));
-      if (c < at.C) move(c, load<A>(from + c, lane_range<A>(0, at.C - c)));
-    }
+    for (int64_t t = 0; t < pixels; ++t)
+      for (int64_t c = 0; c < at.C; c += lanes) {
+        const Mask m = lane_range<A>(0, at.C - c);
+        const T* from = map + t * at.pixel + c;
+        const Vec<A> x = m == all_lanes<A> ? load<A>(from) : load<A>(from, m);
+        store(out[t] + c, centre ? x - load(centre + c) : x);
+      }
     return;
   }
   for (int64_t c = 0; c < at.C; c += lanes)

@@ -29,8 +29,10 @@ struct Fma {
   // A tile of C stays in registers, up to kVectors wide. An element of A is a load as a vector of B is: wide
   // and low tiles need fewest.
   static constexpr int64_t lanes = Vec<A>::lanes, kWidth = kVectors * lanes;
+  // Rows of a tile: a row of B and an element of A are in registers beside it.
   static constexpr int64_t most_rows(int64_t vectors) {
-    return kVectors == 2 ? 6 : vectors == 4 ? 6 : vectors == 3 ? 8 : 14;
+    constexpr int64_t registers = SEGKERNELS_VECTOR_BYTES == 64 ? 32 : 16;
+    return std::min<int64_t>(14, (registers - vectors - 1) / vectors);
   }
   static constexpr int64_t kPanelBytes = 32 * 1024;  // of B, in the L1 cache
 

@@ -44,7 +44,7 @@ struct OperandRow<T, 0> {
 template <class T, int SPLIT>
 struct OperandRow {
   using Half = __nv_bfloat16;
-  Half at[3][DEPTH<float>];
+  Half at[3][DEPTH<float>];  // of one or two halves as well: so far apart, rows meet no bank conflict
 
   template <int V>
   __device__ void put(int k, const Vector<float, V>& a) {

@@ -165,8 +165,8 @@ def em_attention_gradient_kernel(
             tl.debug_barrier()  # what one thread has added, another may read for the next tile
 
 
-def in_one_launch(x: torch.Tensor, bases: int) -> bool:
-    """The regime: one kernel for a pass, where its rows fit the registers of a block; else the
+def is_fused(x: torch.Tensor, bases: int) -> bool:
+    """Whether one kernel makes a pass, where its rows fit the registers of a block; else the
     kernels of soft assignment, one after the other. Of float64 too few pixels would."""
     return bases <= 64 and (x.dtype != torch.float64 or layouts.INTERPRETED)
 
@@ -201,7 +201,7 @@ def expectation(
     """Shares of Σ z, [B, shares, K], and of Σ z·x, [B, shares, K, C]."""
     _, p, _, b = logits
     B, _, K, C = p.shape
-    if not in_one_launch(x, K):
+    if not is_fused(x, K):
         a0, a1, _ = node_sums.sums(assignment.assign(x, logits, lam, z), x, None)
         return a0, a1
     (x, z), strides = flat(x, z)
@@ -232,7 +232,7 @@ def gradient(
 ) -> torch.Tensor | None:
     """dl, the gradient of the logits, and shares of Σ dl·x, [B, shares, K, C], if wanted."""
     B, K, C = m.shape
-    if not in_one_launch(x, K):
+    if not is_fused(x, K):
         assignment.slopes(x, z, dz, None, da, ds, dy, m, dl)
         return node_sums.sums(dl, x, None).a1 if summed else None
     (x, z, dz, dy), strides = flat(x, z, dz, dy)
